@@ -196,7 +196,7 @@ def _layer(sizes: Sizes, overrides: list[str]) -> Any:
     config = [
         f"experts.num_routed={sizes.experts}", "experts.init=random", f"routing.top_k={sizes.top_k}",
         f"routing.hot_experts={sizes.experts // 2}", "mesh.ranks_per_node=2", "dispatch.kind=dedup",
-        f"data.seq_len={sizes.tokens}", "data.micro_batch_size=1", *overrides,
+        f"data.seq_len={sizes.tokens}", "data.micro_batch_size=1", "balance=none", *overrides,
     ]  # fmt: skip
     return moecompile.compile_model(FFN(), config, example=torch.zeros(1, 4, sizes.hidden), until="shard")
 

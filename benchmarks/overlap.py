@@ -157,8 +157,8 @@ def _layer(sizes: Sizes, overrides: list[str]) -> Any:
     config = [
         f"experts.num_routed={sizes.experts}", "experts.granularity=2", "experts.num_shared=1", "experts.init=random",
         f"routing.top_k={sizes.top_k}", "mesh.num_nodes=2", "dispatch.kind=dedup", f"data.seq_len={sizes.tokens}",
-        "data.micro_batch_size=1", "routing.workload=balanced", f"hardware.inter_node_gb_s={sizes.rate_mbit / 8000}",
-        *overrides,
+        "data.micro_batch_size=1", "routing.workload=balanced", "balance=none",
+        f"hardware.inter_node_gb_s={sizes.rate_mbit / 8000}", *overrides,
     ]  # fmt: skip
     return moecompile.compile_model(FFN(), config, example=torch.zeros(1, 4, sizes.hidden), until="shard")
 

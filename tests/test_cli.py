@@ -368,7 +368,7 @@ finally:
         (["--cfg", "job", "--resolve"], r"name: default\n(.|\n)*max_position_embeddings: 128\n"),
         (["--cfg", "job", "--package", "mesh"], r"# @package mesh\nnum_nodes: 1\n"),
         (["seed=3", "--cfg", "job", "mesh=cpu_1"], r"name: default\nseed: 3\n"),
-        (["--cfg", "job", "-p", "balance.losses"], r"# @package balance.losses\nmicro_batch: 0"),
+        (["--cfg", "job", "-p", "balance.losses"], r"# @package balance.losses\nmicro_batch: null"),
         (["--shell-completion", "install=bash"], r"complete -o nospace .*moecompile\n$"),
         (["-sc", "query=bash"], r"mesh=cpu_1 mesh=cpu_1x2"),
     ],

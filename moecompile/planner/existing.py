@@ -6,8 +6,8 @@ Algorithm, for each site:
   3. The most nodes that a token can reach follow from the model's groups and the placement. If `routing.max_nodes` is
      lower, it is refused if the caller set it, else ignored.
   4. Balance what the model's own router allows, and drop what is over a capacity that the caller sets;
-     what it does not allow is refused if the caller set it, else ignored. If the config asks for no balance, the losses
-     are those that the model's config has coefficients for.
+     what it does not allow is refused if the caller set it, else ignored. Losses that the config leaves open are those
+     that the model's config has coefficients for.
 `notes` lists the ignored values.
 
 Losses and the bias rule are planned wherever the router allows them. A capacity drops tokens, so that step 0 is no
@@ -37,7 +37,7 @@ from moecompile.plan import (
     layer_of,
     own_routing,
 )
-from moecompile.routing import NO_BALANCE, OWN_LOSSES
+from moecompile.routing import OWN_LOSSES
 from moecompile.schema import (
     SOURCES,
     AdapterKind,
@@ -46,7 +46,9 @@ from moecompile.schema import (
     ExpertInit,
     ExpertsConfig,
     LayerSettings,
+    is_open,
     layer_settings,
+    losses_of,
 )
 
 _NOT_READ = {
@@ -190,12 +192,16 @@ def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def _loss_notes(plan: Plan, config: Config, losses: Mapping[str, float]) -> Iterator[str]:
-    """For each loss of the model's own routers: our coefficient for it, or why it is not used."""
-    if config.plan is not None or asks_balance(config):
+    """For each loss of the model's own routers that the config leaves open: our coefficient, or why it is not used."""
+    if config.plan is not None:
         return
-    layers = [(layer, layer.site) for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
+    settings = [layer_settings(config, layer.site.fqn, i, len(plan.layers)) for i, layer in enumerate(plan.layers)]
     for name, coefficient in losses.items():
         loss, path = OWN_LOSSES[name], f"model.config.{name}={coefficient:g}"
+        layers = [
+            (layer, layer.site) for layer, own in zip(plan.layers, settings, strict=True)
+            if isinstance(layer.site, ExpertsSite) and is_open(own.balance, loss)
+        ]  # fmt: skip
         if used := dict.fromkeys(value for layer, _ in layers if (value := getattr(layer.balance, loss))):
             shares = " and ".join(f"{value:.3g}" for value in used)
             yield f"{path}: trained with balance.losses.{loss}={shares} a layer; balance=none trains without"
@@ -210,17 +216,10 @@ def _why_not_own(site: ExpertsSite, loss: str, config: Config) -> str | None:
     return None if reason is None else f"the router of {site.fqn}: {reason}"
 
 
-def asks_balance(config: Config) -> bool:
-    """Whether the config asks for a balance, which `balance=none` does too."""
-    balance = config.balance
-    asks = balance.rule is not BalanceRule.auto or any(vars(balance.losses).values())
-    return asks or any(change.balance for change in config.per_layer.values())
-
-
 def own_balance(
     site: ExpertsSite, sites: Sequence[PlannedSite], config: Config, losses: Mapping[str, float]
 ) -> dict[str, float]:
-    """Our losses -> coefficients that equal those of the model's own config, if the config asks for no balance.
+    """Our losses -> coefficients that equal those of the model's own config.
 
     transformers' loss is top_k times ours, of all layers of a stack together (`load_balancing_loss_func`); each layer
     has its share of the coefficient here, for its own load, so that even layers have the same loss.
@@ -228,8 +227,6 @@ def own_balance(
     Args:
         sites: all that are planned. losses: `ModelFacts.own_losses`.
     """
-    if asks_balance(config):
-        return {}
     names = tuple(each.fqn for each in sites if isinstance(each, ExpertsSite))
     found: dict[str, float] = {}
     for name, coefficient in losses.items():
@@ -403,13 +400,14 @@ def planned_routing(site: ExpertsSite, settings: LayerSettings, config: Config) 
 
 
 def planned_balance(site: ExpertsSite, settings: LayerSettings, own: Mapping[str, float]) -> BalancePlan:
-    """The balance without what the router does not allow, which has been refused or is ignored; that of the model
-    itself, if there is one."""
-    if own:
-        return BalancePlan(**{**vars(NO_BALANCE), **own})
+    """The balance without what the router does not allow, which has been refused or is ignored.
+
+    Args:
+        own: what `own_balance` returns, for losses that are left open.
+    """
     balance = settings.balance
     updated = balance.rule is BalanceRule.bias and site.correction_bias
-    losses = {name: 0.0 if _why_no_loss(site, name) else value for name, value in vars(balance.losses).items()}
+    losses = {name: 0.0 if _why_no_loss(site, name) else value for name, value in losses_of(balance, own).items()}
     return BalancePlan(
         rule="bias" if updated else "none", rate=balance.rate if updated else 0.0, update=balance.update.value,
         recenter=balance.recenter and updated, **losses,

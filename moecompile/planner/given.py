@@ -120,6 +120,8 @@ def _check(key: str, config: Config, plan: Plan) -> None:
     value = _plain(_value(config, key))
     if value == "auto":
         return
+    if value is None and key.startswith(_LOSSES):
+        value = 0.0
     decided = list(_decided(key, plan))
     if not decided:
         rule = f"the plan of {config.plan} decides that"

@@ -11,7 +11,8 @@ from typing import Any
 
 from moecompile.plan import ExpertsSite, Plan
 from moecompile.report.text import plural
-from moecompile.schema import Config
+from moecompile.routing import AUTO_LOSSES, LOAD_LOSSES
+from moecompile.schema import Config, is_open
 
 COLLAPSED = 0.8
 """Share of the largest possible MaxVio from which on a layer's routing counts as collapsed."""
@@ -83,24 +84,25 @@ def _routing(fields: Mapping[str, Any], plan: Plan, config: Config) -> Iterator[
         count = plural(sum(map(len, dead.values())), "expert")
         said.append(f"{count} got no token ({'; '.join(named)}{more})")
     if said:
-        yield f"in the last tenth of the steps {' and '.join(said)}. {_remedy(plan, config)}"
+        yield f"in the last tenth of the steps {' and '.join(said)}. {_remedy(plan, config)}".rstrip()
 
 
 def _remedy(plan: Plan, config: Config) -> str:
-    """What evens the load of this plan's routers."""
-    layer = plan.layers[0]
+    """What evens the load of this plan's routers; empty where no token chooses by its scores."""
     if plan.adapters is not None and not plan.adapters.train_router:
         return "The routers are frozen: add adapters.train_router=true balance=aux"
-    if layer.balance.has_bias and layer.balance.rate:
-        return _twice("balance.rate", layer.balance.rate)
-    site = layer.site
-    is_models = isinstance(site, ExpertsSite) and not any(vars(config.balance.losses).values())
-    if losses := {} if is_models else layer.balance.losses:
-        name, value = next(iter(losses.items()))
-        return _twice(f"balance.losses.{name}", value)
-    if layer.balance.has_bias:
-        return "Add balance=aux"
-    has_bias = site.correction_bias if isinstance(site, ExpertsSite) else layer.routing.choice == "token"
+    layer = next((each for each in plan.layers if each.routing.choice == "token"), None)
+    if layer is None:
+        return ""
+    site, balance = layer.site, layer.balance
+    if balance.has_bias and balance.rate:
+        return _twice("balance.rate", balance.rate)
+    for name in LOAD_LOSSES:
+        value = getattr(balance, name)
+        is_models = isinstance(site, ExpertsSite) and is_open(config.balance, name)
+        if value and not (is_models and value < AUTO_LOSSES["micro_batch"]):  # else balance=aux is stronger
+            return _twice(f"balance.losses.{name}", value)
+    has_bias = not balance.has_bias and (not isinstance(site, ExpertsSite) or site.correction_bias)
     return "Add balance=aux or balance=bias" if has_bias else "Add balance=aux"
 
 

@@ -177,8 +177,9 @@ class RouterConfig:
 # -- balance ---------------------------------------------------------------------------------------------------------
 
 _LOSS = Real("[0, inf)", "Use 0 for none")
-LOSSES = ("micro_batch", "sequence", "global_batch", "z")
-"""Auxiliary losses; the fields with their coefficients have the same names."""
+LOAD_LOSSES = ("micro_batch", "sequence", "global_batch")
+LOSSES = (*LOAD_LOSSES, "z")
+"""Auxiliary losses, those that even the load first; the fields with their coefficients have the same names."""
 OWN_LOSSES: Mapping[str, str] = {
     "router_aux_loss_coef": "micro_batch",
     "aux_loss_coef": "micro_batch",
@@ -246,7 +247,7 @@ BINS = 1000
 """Of the histograms of quantile balancing, as in Kimi K3's report."""
 NO_BALANCE = BalanceSpec(rule="none", rate=0.0)
 AUTO_LOSSES: Mapping[str, float] = {"micro_batch": 0.01}
-"""Losses of a router that is made here with `balance.rule=auto`: Switch's, with its coefficient."""
+"""Losses of a router that is made here, where the config leaves them open: Switch's, with its coefficient."""
 
 
 def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,16 @@ def _check_function(start: tuple[Path, State], plan: Plan, config: Config, finge
     refuse(changes, config.trainer.allow_changes, folder)
 
 
+def _losses(plan: Plan) -> list[dict[str, float]]:
+    """Coefficients of auxiliary losses, each set of a layer once."""
+    return [dict(each) for each in dict.fromkeys(tuple(layer.balance.losses.items()) for layer in plan.layers)]
+
+
+def _text(losses: Sequence[Mapping[str, float]]) -> str:
+    shown = (", ".join(f"{name}={value:g}" for name, value in each.items()) or "none" for each in losses)
+    return " and ".join(shown)
+
+
 def starting_point(
     config: Config, plan: Plan, run_dir: Path, fingerprint: dict[str, Any], *, is_restart: bool
 ) -> tuple[Path, State] | None:
@@ -233,6 +244,9 @@ def starting_point(
         )  # fmt: skip
     if start is not None and dist.get_rank() == 0:
         print(f"going on from step {start[1].step} of {start[0]}", flush=True)
+        theirs, ours = (_losses(each) for each in (read(start[0] / folders.PLAN), plan))
+        if theirs != ours:
+            print(f"losses of the routers were {_text(theirs)}, and are {_text(ours)} here (balance=)", flush=True)
         if unknown := not_compared(start[1], config):
             print(f"This checkpoint is of an earlier version: not compared: {', '.join(unknown)}", flush=True)
     return start

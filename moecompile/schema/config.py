@@ -177,15 +177,18 @@ class RoutingConfig:
 
 @dataclass(kw_only=True)
 class LossesConfig:
-    """`balance.losses`: coefficients of the auxiliary losses, 0 for none; several may be used at once."""
+    """`balance.losses`: coefficients of the auxiliary losses, 0 for none; several may be used at once. null:
+    with rule=auto that of the model's own config, or micro_batch=0.01 of a router that is made here, unless another
+    loss over the load is given; else none.
+    """
 
-    micro_batch: float = number(0.0, BALANCE_NUMBERS["losses.micro_batch"])
+    micro_batch: Optional[float] = number(None, BALANCE_NUMBERS["losses.micro_batch"])
     """Load-balancing loss over one micro-batch (Switch and GShard)."""
-    sequence: float = number(0.0, BALANCE_NUMBERS["losses.sequence"])
+    sequence: Optional[float] = number(None, BALANCE_NUMBERS["losses.sequence"])
     """Load-balancing loss over each sequence (DeepSeek)."""
-    global_batch: float = number(0.0, BALANCE_NUMBERS["losses.global_batch"])
+    global_batch: Optional[float] = number(None, BALANCE_NUMBERS["losses.global_batch"])
     """Load-balancing loss over the global batch (Qwen)."""
-    z: float = number(0.0, BALANCE_NUMBERS["losses.z"])
+    z: Optional[float] = number(None, BALANCE_NUMBERS["losses.z"])
     """Router z-loss (ST-MoE): the mean squared logsumexp of the logits."""
 
 
@@ -195,8 +198,7 @@ class BalanceConfig:
 
     rule: BalanceRule = BalanceRule.auto
     """Whether a correction bias balances the load: one that is nudged (`bias`, DeepSeek-V3), or solved from the scores
-    of the global batch (`quantile`, Kimi K3). `auto`: no bias, and where `losses` has none either, the loss of the
-    model's own config, or `losses.micro_batch=0.01` for a router that is made here.
+    of the global batch (`quantile`, Kimi K3). `auto`: no bias, and losses that are not given are filled in.
     """
     update: BiasUpdate = BiasUpdate.sign
     """How the correction bias changes per optimizer step: by the sign of mean load - load, or in proportion to it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -12,7 +12,16 @@ from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, divisors
 from moecompile.named_code import FACTORY
 from moecompile.ranges import Real
-from moecompile.routing import AUTO_LOSSES, BalanceRule, BalanceSpec, Choice, RouterConfig, Workload, check_balance
+from moecompile.routing import (
+    AUTO_LOSSES,
+    LOAD_LOSSES,
+    BalanceRule,
+    BalanceSpec,
+    Choice,
+    RouterConfig,
+    Workload,
+    check_balance,
+)
 from moecompile.routing.scores import SCORES
 from moecompile.schema.config import (
     BalanceConfig,
@@ -443,17 +452,28 @@ def balance_spec(balance: BalanceConfig, router: RouterConfig) -> BalanceSpec:
     has_rule = balance.rule is BalanceRule.bias
     if has_rule and not balance.rate:
         raise ConfigError("balance.rate", balance.rate, "must be positive", "Use 0.001 or balance.rule=none")
-    rule, losses = _plain(balance.rule), vars(balance.losses)
-    if balance.rule is BalanceRule.auto:
-        rule = BalanceRule.none.value
-        if router.choice == "token" and not any(losses.values()):
-            losses = {**losses, **AUTO_LOSSES}
+    rule = BalanceRule.none if balance.rule is BalanceRule.auto else balance.rule
     spec = BalanceSpec(
-        rule=rule, rate=balance.rate if has_rule else 0.0, update=_plain(balance.update), recenter=balance.recenter,
-        **losses,
-    )  # fmt: skip
+        rule=_plain(rule),
+        rate=balance.rate if has_rule else 0.0,
+        update=_plain(balance.update),
+        recenter=balance.recenter,
+        **losses_of(balance, AUTO_LOSSES if router.choice == "token" else {}),
+    )
     check_balance(router, spec)
     return spec
+
+
+def losses_of(balance: BalanceConfig, own: Mapping[str, float]) -> dict[str, float]:
+    """Coefficients of the auxiliary losses; those of `own` where the config leaves them open."""
+    given = {name: value or 0.0 for name, value in vars(balance.losses).items()}
+    return {**given, **{name: value for name, value in own.items() if is_open(balance, name)}}
+
+
+def is_open(balance: BalanceConfig, loss: str) -> bool:
+    """Whether the config leaves it open how large a loss is: of those over the load, all of them."""
+    group = LOAD_LOSSES if loss in LOAD_LOSSES else (loss,)
+    return balance.rule is BalanceRule.auto and all(getattr(balance.losses, name) is None for name in group)
 
 
 def _plain(value: Any) -> Any:

@@ -170,7 +170,7 @@ def test_a_token_that_every_expert_dropped_gets_nothing() -> None:
 
 
 def test_layers_with_settings_of_their_own_train_together() -> None:
-    given = config("experts.num_routed=4", "routing.top_k=2")
+    given = config("experts.num_routed=4", "routing.top_k=2", "balance.rule=none")
     given.balance.losses.z = 0.01
     given.per_layer = {
         "first": PerLayerConfig(

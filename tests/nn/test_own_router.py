@@ -100,7 +100,13 @@ def test_without_a_balance_the_loss_is_the_one_that_the_models_config_asks_for()
     [
         ("mixtral", [], {"micro_batch": 0.001}, "=0.001: trained with balance.losses.micro_batch=0.001 a layer; balance=none"),
         ("mixtral", ["balance=none"], {}, None),
-        ("mixtral", ["balance.losses.z=0.1"], {"z": 0.1}, None),
+        ("mixtral", ["balance.losses.micro_batch=0"], {}, None),
+        ("mixtral", ["balance.losses.global_batch=0.1"], {"global_batch": 0.1}, None),
+        ("mixtral", ["balance.losses.z=0.1"], {"micro_batch": 0.001, "z": 0.1}, "=0.001: trained with"),
+        (
+            "mixtral", ["+per_layer.last.layers='1:'", "+per_layer.last.balance.losses.micro_batch=0.3"],
+            {"micro_batch": 0.001}, "=0.001: trained with balance.losses.micro_batch=0.001 a layer",
+        ),
         (
             "mixtral", ["adapters=lora"], {},
             "=0.001: not used (no load balance): the routers are frozen (adapters.train_router=false)",

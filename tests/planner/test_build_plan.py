@@ -282,7 +282,9 @@ def test_expert_choice_on_a_causal_model_must_be_asked_for() -> None:
     ("overrides", "losses"),
     [
         ([], {"micro_batch": 0.01}),
-        (["balance.losses.z=0.001"], {"z": 0.001}),  # what is asked for is all that there is
+        (["balance.losses.z=0.001"], {"micro_batch": 0.01, "z": 0.001}),  # which evens no load
+        (["balance.losses.micro_batch=0"], {}),
+        (["balance.losses.sequence=0.1"], {"sequence": 0.1}),
         (["balance.rule=none"], {}),
         (["balance.rule=quantile"], {}),
         (["routing.choice=expert", "routing.normalize=false", "routing.allow_future=true"], {}),

@@ -68,6 +68,12 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
         ("mixtral", ["adapters=lora"], "The routers are frozen: add adapters.train_router=true balance=aux"),
         ("deepseek_v3", [], "Add balance=aux or balance=bias"),
         ("deepseek_v3", ["experts.sites=dense"], "Try balance.losses.micro_batch=0.02 (now 0.01)"),
+        (
+            "deepseek_v3",
+            ["experts.sites=dense", "balance.losses.z=0.1"],
+            "Try balance.losses.micro_batch=0.02 (now 0.01)",
+        ),
+        ("mixtral", ["balance.losses.micro_batch=0.03"], "Try balance.losses.micro_batch=0.06 (now 0.03)"),
         ("deepseek_v3", ["balance=bias"], "Try balance.rate=0.002 (now 0.001)"),
     ],
 )

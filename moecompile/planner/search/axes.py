@@ -25,10 +25,9 @@ from moecompile.mesh import AXES as MESH_AXES
 from moecompile.mesh import MeshSpec, Part, axes_that_split, divisors
 from moecompile.plan import BUDGET, ExpertsSite, LayerPlan
 from moecompile.plan import KINDS as DISPATCH_KINDS
-from moecompile.planner.existing import asks_balance
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.pipeline import no_stages
-from moecompile.schema import Baseline, Checkpointing, Compiled, Config
+from moecompile.schema import Baseline, Checkpointing, Compiled, Config, is_open
 from moecompile.stages import AUTO, EXCHANGES, NONE, SCHEDULES, schedule_of
 
 _OF_MESH = tuple(axis.name for axis in sorted(MESH_AXES, key=lambda axis: axis.dense) if axis.searched)
@@ -217,11 +216,14 @@ def _uncut(name: str, config: Config, facts: ModelFacts, kept: Mapping[str, str]
 
 def _over_micro_batch(config: Config, layers: Sequence[LayerPlan]) -> str | None:
     """What a layer counts over a micro-batch, as the config asks; a loss that is the model's own follows the layout."""
+    is_asked = not is_open(config.balance, "micro_batch") or any(
+        "losses" in change.balance for change in config.per_layer.values()
+    )
     for layer in layers:
         if layer.routing.capacity_factor is not None:
             return "the capacity of an expert"
         if layer.routing.choice == "expert":
             return "expert choice"
-        if layer.balance.micro_batch and asks_balance(config):
+        if layer.balance.micro_batch and is_asked:
             return "balance.losses.micro_batch"
     return None
