@@ -280,7 +280,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> UserError | None:
                 return rule(cause, str(error), given)
     if type(error).__module__.startswith("hydra.") or isinstance(error, ValueError):  # Step 3
         return _by_text(str(error), given)
-    return None
+    return _no_option(given) if isinstance(error, TypeError) else None
 
 
 def _no_such_option(error: Any, text: str, given: Given) -> UserError:
@@ -349,6 +349,11 @@ def _bad_key_or_value(error: Any, text: str, given: Given) -> UserError:
     hint = _schema_type(re.sub(r"\[\d+\]$", "", path))
     if path.endswith("]") and get_origin(hint) is list:
         hint = get_args(hint)[0]
+    if is_dataclass(hint):
+        names = list(get_type_hints(hint))
+        return ConfigError(
+            path, value, f"is a group of keys: {', '.join(names)}", f"Set them one by one, such as {path}.{names[0]}"
+        )
     expected = _in_words(hint)
     if expected is None:
         return ConfigError(path, value, _one_line(str(error)), "Change the value")
@@ -369,7 +374,8 @@ def _no_such_key(path: str, text: str, given: Given, siblings: Sequence[str]) ->
     parent, _, key = path.rpartition(".")
     owner = _schema_type(parent) if parent else Config
     rule = f"there is no such key{_where(text)}"
-    fix = f"{_guess(key, siblings)}Write +{path}=... to add a key"
+    typed = next((key for key in given if key.startswith(f"{path}.")), path)  # it may be further in
+    fix = f"{_guess(key, siblings)}Write +{typed}=... to add a key"
     if is_dataclass(owner):
         names = [*get_type_hints(owner), *([] if parent else ["recipe"])]
         guess = _guess(key, names)
@@ -395,10 +401,15 @@ def _by_text(text: str, given: Given) -> UserError:
             path = path or groups["path"]
             value = groups.get("value", given.get(path))
             return _error(path, value, f"{rule}{_where(text)}", fix.format(path=path, value=value))
+    return _no_option(given) or UserError(_one_line(text))
+
+
+def _no_option(given: Given) -> UserError | None:
+    """`mesh=3`, `mesh=[1]`, which Hydra cannot make anything of."""
     for path, value in given.items():
         if (path in ("", "recipe") or is_dataclass(_schema_type(path))) and not isinstance(yaml.safe_load(value), str):
             return ConfigError(path, value, "a group takes the name of an option", "--help lists them")
-    return UserError(_one_line(text))
+    return None
 
 
 def _error(path: str, value: str | None, rule: str, fix: str) -> UserError:
@@ -430,6 +441,8 @@ def _in_words(hint: Any) -> str | None:
         return "a whole number or auto"
     if get_origin(hint) is Union:
         return " or ".join(filter(None, map(_in_words, get_args(hint))))
+    if get_origin(hint) is dict:
+        return "keys with their values: {key: value}"
     if get_origin(hint) is list:
         (entry,) = get_args(hint)
         return f"a list, each {_in_words(entry)}"
