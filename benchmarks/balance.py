@@ -72,7 +72,7 @@ def _read_job(job: Path) -> Run:
     with (job / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     layers = [column for column in rows[0] if column.startswith("max_violation/")]
-    aux = config["balance"]["losses"]["micro_batch"] > 0
+    aux = bool(config["balance"]["losses"]["micro_batch"])
     return Run(
         rule="bias" if config["balance"]["rule"] == "bias" else "aux" if aux else "none",
         seed=config["seed"],
