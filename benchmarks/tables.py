@@ -19,9 +19,9 @@ from moecompile.plan import read
 
 SETTINGS = {
     "gathered": ["embeddings.shard=none"],
-    "spread, `same`": [],
-    "spread, `lazy_adamw`": ["embeddings.optimizer=lazy_adamw"],
-    "spread, `rowwise_adagrad`": ["embeddings.optimizer=rowwise_adagrad"],
+    "spread, `same`": ["embeddings.shard=ep"],
+    "spread, `lazy_adamw`": ["embeddings.shard=ep", "embeddings.optimizer=lazy_adamw"],
+    "spread, `rowwise_adagrad`": ["embeddings.shard=ep", "embeddings.optimizer=rowwise_adagrad"],
 }
 
 
