@@ -78,8 +78,6 @@ def with_plan(config: Config) -> Config:
     file = plan_file(config.plan)
     plan = load(file, named=named_in(config))
     for key in config.given:  # Step 1
-        if key == "balance" and config.balance.rule is BalanceRule.auto:
-            continue
         for each in _KEYS.get(key, (key,)):
             _check(each, config, plan)
     _check_adapters(config, plan)
@@ -118,10 +116,10 @@ def _check(key: str, config: Config, plan: Plan) -> None:
     if key.partition(".")[0] not in _GROUPS and key not in _SCHEDULE:
         return
     value = _plain(_value(config, key))
-    if value == "auto":
+    is_loss = key.startswith(_LOSSES) and value is None
+    if value == "auto" or (is_loss and config.balance.rule is BalanceRule.auto):
         return
-    if value is None and key.startswith(_LOSSES):
-        value = 0.0
+    value = 0.0 if is_loss else value
     decided = list(_decided(key, plan))
     if not decided:
         rule = f"the plan of {config.plan} decides that"

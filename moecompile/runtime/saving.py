@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -203,14 +202,10 @@ def _check_function(start: tuple[Path, State], plan: Plan, config: Config, finge
     refuse(changes, config.trainer.allow_changes, folder)
 
 
-def _losses(plan: Plan) -> list[dict[str, float]]:
-    """Coefficients of auxiliary losses, each set of a layer once."""
-    return [dict(each) for each in dict.fromkeys(tuple(layer.balance.losses.items()) for layer in plan.layers)]
-
-
-def _text(losses: Sequence[Mapping[str, float]]) -> str:
-    shown = (", ".join(f"{name}={value:g}" for name, value in each.items()) or "none" for each in losses)
-    return " and ".join(shown)
+def _losses(plan: Plan) -> str:
+    """Coefficients of auxiliary losses, as layers have them."""
+    each = (", ".join(f"{name}={value:g}" for name, value in layer.balance.losses.items()) for layer in plan.layers)
+    return " and ".join(text or "none" for text in dict.fromkeys(each))
 
 
 def starting_point(
@@ -244,9 +239,9 @@ def starting_point(
         )  # fmt: skip
     if start is not None and dist.get_rank() == 0:
         print(f"going on from step {start[1].step} of {start[0]}", flush=True)
-        theirs, ours = (_losses(each) for each in (read(start[0] / folders.PLAN), plan))
+        theirs, ours = _losses(read(start[0] / folders.PLAN)), _losses(plan)
         if theirs != ours:
-            print(f"losses of the routers were {_text(theirs)}, and are {_text(ours)} here (balance=)", flush=True)
+            print(f"losses of the routers were {theirs}, and are {ours} here (balance=)", flush=True)
         if unknown := not_compared(start[1], config):
             print(f"This checkpoint is of an earlier version: not compared: {', '.join(unknown)}", flush=True)
     return start

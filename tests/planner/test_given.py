@@ -46,6 +46,7 @@ def test_the_config_makes_the_given_plan(run: Path) -> None:
         assert given_plan(config) == plan
         assert (config.mesh.ep, config.dispatch.kind.value, config.routing.top_k) == (2, "dedup", 3)
         assert build_plan(SITES, config, FACTS).hash == plan.hash
+    with_plan(compose_config([f"plan={run}", "balance.losses.micro_batch=null"]))
     assert with_plan(compose_config([f"plan={run}", "balance=auto"])).balance.losses.micro_batch == 0.01
     unchanged = compose_config(["recipe=mixtral_ep"])
     assert with_plan(unchanged) is unchanged

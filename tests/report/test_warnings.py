@@ -23,6 +23,9 @@ SAID = (
 )
 
 
+BY_EXPERTS = ("routing.choice=expert", "routing.normalize=false", "routing.allow_future=true")
+
+
 def warned(architecture: str, *overrides: str, **fields: Any) -> list[str]:
     config = compose_config(list(overrides))
     plan = make_plan(moe_model(architecture), config, example=moe_inputs(architecture, IDS))
@@ -73,12 +76,23 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
             ["experts.sites=dense", "balance.losses.z=0.1"],
             "Try balance.losses.micro_batch=0.02 (now 0.01)",
         ),
+        ("deepseek_v3", ["experts.sites=dense", *BY_EXPERTS], ""),  # where a loss is refused
         ("mixtral", ["balance.losses.micro_batch=0.03"], "Try balance.losses.micro_batch=0.06 (now 0.03)"),
         ("deepseek_v3", ["balance=bias"], "Try balance.rate=0.002 (now 0.001)"),
     ],
 )
 def test_routing_that_collapsed_leads_to_what_evens_it(architecture: str, overrides: list[str], fix: str) -> None:
-    assert warned(architecture, *overrides, **COLLAPSED) == [f"{SAID}. {fix}"]
+    assert warned(architecture, *overrides, **COLLAPSED) == [f"{SAID}. {fix}".rstrip()]
+
+
+def test_a_loss_of_the_models_own_that_is_stronger_is_not_replaced() -> None:
+    config = compose_config([])
+    model = moe_model("mixtral", router_aux_loss_coef=0.1)
+    plan = make_plan(model, config, example=moe_inputs("mixtral", IDS))
+    value = plan.layers[0].balance.micro_batch
+    assert value > 0.01
+    (said,) = run_warnings({**GOOD, **COLLAPSED}, plan, config)
+    assert said == f"{SAID}. Try balance.losses.micro_batch={2 * value:g} (now {value:g})"
 
 
 def test_dead_experts_are_named_for_some_layers() -> None:

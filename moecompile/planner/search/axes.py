@@ -215,7 +215,7 @@ def _uncut(name: str, config: Config, facts: ModelFacts, kept: Mapping[str, str]
 
 
 def _over_micro_batch(config: Config, layers: Sequence[LayerPlan]) -> str | None:
-    """What a layer counts over a micro-batch, as the config asks; a loss that is the model's own follows the layout."""
+    """What a layer counts over a micro-batch, as the config asks; a loss that it leaves open follows the layout."""
     is_asked = not is_open(config.balance, "micro_batch") or any(
         "losses" in change.balance for change in config.per_layer.values()
     )
