@@ -325,19 +325,16 @@ def _policy(kept: Collection[Any], _: Any, op: Any, *args: Any, **kwargs: Any) -
 
 class _CopyOnWrite(_CachingTorchDispatchMode):
     def __init__(self, kept: Collection[Any], storage: Any) -> None:
-        super().__init__(self._noted, storage)
+        super().__init__(partial(_policy, kept), storage)
         self._kept, self._memory = kept, set[int]()
-
-    def _noted(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in self._kept:
-            leaves = tree_leaves(context.op_output)
-            self._memory.update(memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        return _policy(self._kept, context, op)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             self._copy(_written(func, args, kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        out = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func in self._kept:
+            self._memory.update(memory_of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        return out
 
     def _copy(self, memory: set[int]) -> None:
         if memory.isdisjoint(self._memory):  # nearly always; the storage has an entry for every op

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--ranks", action="store_true", help="on real ranks too")
     options = parser.parse_args(arguments)
     wanted = f"torch=={oldest()}.*"
-    if shutil.which(options.python) is None:
-        return _not_tested(f"{wanted} on {options.python}", "there is no such Python")
+    if reason := why_no_python(options.python):
+        return _not_tested(f"{wanted} on {options.python}", reason)
     place = REPOSITORY / f".venv-oldest-{Path(options.python).name}"
     python = str(place / "bin" / "python")
     if not Path(python).exists():
@@ -66,6 +66,14 @@ def main(arguments: Sequence[str] = ()) -> int:
 def _not_tested(what: str, reason: str) -> int:
     print(f"{what} is NOT tested: {reason}", file=sys.stderr)
     return 0
+
+
+def why_no_python(name: str) -> str:
+    """Why this Python cannot be run, such as a shim of pyenv without the version that it stands for; empty: it can."""
+    if shutil.which(name) is None:
+        return "there is no such Python"
+    ran = subprocess.run([name, "-c", "import venv"], capture_output=True, text=True)
+    return " ".join(ran.stderr.split())[:300] if ran.returncode else ""
 
 
 def oldest() -> str:

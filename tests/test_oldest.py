@@ -47,13 +47,14 @@ def test_what_is_not_tested_is_said(
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        return subprocess.CompletedProcess(command, code, stdout=out, stderr="no network")
+        failed = code if "install" in command else 0
+        return subprocess.CompletedProcess(command, failed, stdout=out, stderr="no network")
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(oldest, "REPOSITORY", repository(tmp_path))
     assert oldest.main() == 0
     assert "torch==2.11.* is NOT tested: " in (said := capsys.readouterr().err) and why in said
-    made, wanted = asked
+    _, made, wanted = asked
     assert "venv" in made and "--dry-run" in wanted
 
 
@@ -63,9 +64,13 @@ def repository(folder: Path) -> Path:
     return folder
 
 
-def test_a_python_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert oldest.main(["--python", "python3.99"]) == 0
     assert "torch==2.11.* on python3.99 is NOT tested: there is no such Python" in capsys.readouterr().err
+    (shim := tmp_path / "python3.98").write_text("#!/bin/sh\necho 'pyenv: python3.98: command not found' >&2\nexit 127\n")
+    shim.chmod(0o755)
+    assert oldest.main(["--python", str(shim)]) == 0
+    assert "is NOT tested: pyenv: python3.98: command not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "ran"), [((), 0), (("--cuda",), 1), (("--cuda", "--ranks"), 2)])
