@@ -23,9 +23,9 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
-nightly: .venv/.installed # what needs more time, or more packages, than a check has: an hour and a half
-	$(BIN)/python tests/oldest.py --cuda --ranks
-	$(BIN)/python tests/oldest.py --cuda --ranks --python python3.12
+nightly: .venv/.installed # what needs more time, or more packages, than a check has: two hours
+	$(BIN)/python tests/oldest.py --cuda --whole
+	$(BIN)/python tests/oldest.py --cuda --whole --python python3.12
 	$(PIP) --editable '.[eval,ray]' || echo "lm-eval and Ray could not be installed: their examples are NOT tested" >&2
 	$(BIN)/pytest -m nightly --durations 20
 

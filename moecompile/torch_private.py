@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, is_dataclass, replace
 from datetime import timedelta
@@ -561,6 +561,13 @@ class _AsOne:
     def _training_state(self, state: TrainingState) -> None:
         for group in self.groups:
             group._training_state = state
+
+    @contextmanager
+    def use_training_state(self, state: TrainingState) -> Iterator[None]:
+        with ExitStack() as stack:
+            for group in self.groups:
+                stack.enter_context(group.use_training_state(state))
+            yield
 
     def pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         for group in self.groups:

@@ -2,9 +2,10 @@
 
     python tests/oldest.py                              the quick ones, under the Python that runs it
     python tests/oldest.py --python python3.12          under another one
-    python tests/oldest.py --cuda --ranks               with CUDA's libraries, if there is no other build; and real ranks
+    python tests/oldest.py --cuda --whole               with CUDA's libraries, if there is no other build; all quick tests,
+                                                        and some on real ranks
 
-A virtual environment of its own, and about five minutes; ten with ranks. Where that Python or that torch is not to be had,
+A virtual environment of its own, and about five minutes; twenty for the whole. Where that Python or that torch is not to be had,
 or the torch only with its CUDA libraries (3 GB) without `--cuda`, nothing is tested, which is said on stderr.
 """
 
@@ -30,6 +31,7 @@ TESTS = (
 ON_RANKS = (
     "tests/distributed/test_gradients.py", "tests/distributed/test_existing.py", "tests/distributed/test_fold.py",
     "tests/distributed/test_expert_shards.py", "tests/distributed/test_post_expert_norm.py",
+    "tests/distributed/test_pipeline.py",
 )  # fmt: skip
 NEEDED = ("pytest", "hypothesis", "scipy", "peft>=0.21")
 _PIP = ("-m", "pip", "--disable-pip-version-check")
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="such as python3.12")
     parser.add_argument("--cuda", action="store_true", help="a build with CUDA's libraries will do")
-    parser.add_argument("--ranks", action="store_true", help="on real ranks too")
+    parser.add_argument("--whole", action="store_true", help="all quick tests, and some on real ranks")
     options = parser.parse_args(arguments)
     wanted = f"torch=={oldest()}.*"
     if reason := why_no_python(options.python):
@@ -56,10 +58,12 @@ def main(arguments: Sequence[str] = ()) -> int:
         return _not_tested(wanted, found.stderr.strip()[-300:])
     if not options.cuda and (reason := why_not(found.stdout)):
         return _not_tested(wanted, reason)
-    subprocess.run([python, *_PIP, "install", "--quiet", wanted, "--editable", str(REPOSITORY), *NEEDED], check=True)
-    quick = subprocess.run([python, "-m", "pytest", *TESTS], cwd=REPOSITORY).returncode
-    if quick or not options.ranks:
-        return quick
+    package = [f"{REPOSITORY}[dev]"] if options.whole else [str(REPOSITORY), *NEEDED]
+    subprocess.run([python, *_PIP, "install", "--quiet", wanted, "--editable", *package], check=True)
+    quick = ("-n", "4", "--dist", "loadfile", "--no-loadscope-reorder") if options.whole else TESTS
+    failed = subprocess.run([python, "-m", "pytest", *quick], cwd=REPOSITORY).returncode
+    if failed or not options.whole:
+        return failed
     return subprocess.run([python, "-m", "pytest", "-m", "slow or not slow", *ON_RANKS], cwd=REPOSITORY).returncode
 
 

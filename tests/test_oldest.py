@@ -73,7 +73,7 @@ def test_a_python_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.Captu
     assert "is NOT tested: pyenv: python3.98: command not found" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("options", "ran"), [((), 0), (("--cuda",), 1), (("--cuda", "--ranks"), 2)])
+@pytest.mark.parametrize(("options", "ran"), [((), 0), (("--cuda",), 1), (("--cuda", "--whole"), 2)])
 def test_what_is_run(options: tuple[str, ...], ran: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With CUDA's libraries, and on ranks, where that is asked for."""
     asked: list[list[str]] = []
