@@ -57,6 +57,7 @@ __all__ = [
     "HSDPMeshInfo",
     "OpWatcher",
     "ShardPlacementResult",
+    "TorchDispatchMode",
     "all_gather_single",
     "apply",
     "backward_number",

@@ -67,7 +67,9 @@ def repository(folder: Path) -> Path:
 def test_a_python_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert oldest.main(["--python", "python3.99"]) == 0
     assert "torch==2.11.* on python3.99 is NOT tested: there is no such Python" in capsys.readouterr().err
-    (shim := tmp_path / "python3.98").write_text("#!/bin/sh\necho 'pyenv: python3.98: command not found' >&2\nexit 127\n")
+    (shim := tmp_path / "python3.98").write_text(
+        "#!/bin/sh\necho 'pyenv: python3.98: command not found' >&2\nexit 127\n"
+    )
     shim.chmod(0o755)
     assert oldest.main(["--python", str(shim)]) == 0
     assert "is NOT tested: pyenv: python3.98: command not found" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def _is_private(path: str) -> bool:
 
 def test_private_names_of_torch_stand_in_one_file() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "torch_private.py"]
-    found = {path.name: [*private_names(path.read_text(encoding="utf-8"))] for path in files}
+    found = {str(path.relative_to(PACKAGE)): [*private_names(path.read_text(encoding="utf-8"))] for path in files}
     assert len(files) > 100 and {name: names for name, names in found.items() if names} == {}
 
 

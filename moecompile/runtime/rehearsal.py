@@ -33,7 +33,6 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecompile.mesh import MeshSpec
 from moecompile.ops.baton import landed
@@ -53,6 +52,7 @@ from moecompile.runtime.strategy import ExpertParallelStrategy
 from moecompile.runtime.training import make_trainer
 from moecompile.schema import Config, accumulation_steps
 from moecompile.torch_private import (
+    TorchDispatchMode,
     fake_values,
     gathered_bytes,
     local_part,

@@ -319,7 +319,7 @@ class _MicroBatch:
         self._ways: dict[int, list[RunFacts]] = {}
         self._bare: dict[tuple[int, tuple[str, int]], list[tuple[float, RunFacts]]] = {}
         loads = [replace(run, row_load=load) for load in (structure.load, 1.0)]
-        self._buffers = [
+        self._of_exchanges = [
             [buffer_bytes(of.layers, of.mesh, each) for each in loads] if run.checkpointing == BUDGET else []
             for of in self.ranks
         ]
@@ -361,7 +361,7 @@ class _MicroBatch:
 
     def within(self, of: OfRank, replicas: int, overlap: tuple[str, int], way: RunFacts) -> Within:
         """What a place along pp computes again."""
-        uneven, even = self._buffers[of.index]
+        uneven, even = self._of_exchanges[of.index]
         return within(self.budget(of, overlap, way), way, self.states(of, replicas, way), uneven, even, self.limit)
 
     def of_the_ends(self, replicas: int, overlap: tuple[str, int]) -> float:
