@@ -164,12 +164,13 @@ class Pipeline:
     @property
     def layout(self) -> str:
         """The stages as Megatron's users write them: `Et*3|(tt|)*2,m|L`-like, E embedding, t a layer, L the head."""
-        words = []
-        for i, stage in enumerate(self.stages):
-            number = len(stage.layers)
-            word = "t" if number == 1 else f"t*{number}" if number else ""
-            words.append(("E" if i == 0 else "") + word + ("L" if i == len(self.stages) - 1 else ""))
-        return "|".join(words)
+        return in_words([len(stage.layers) for stage in self.stages])
+
+
+def in_words(layers: Sequence[int]) -> str:
+    """`Pipeline.layout` of stages with so many layers."""
+    words = ["t" if number == 1 else f"t*{number}" if number else "" for number in layers]
+    return "E" + "|".join(words) + "L"
 
 
 class Action(NamedTuple):  # a search makes millions

@@ -21,7 +21,7 @@ from functools import cache, cached_property
 from operator import mul
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec, Part
+from moecompile.mesh import MeshSpec, Part, divisors
 from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.lookups import without_tables
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
@@ -50,11 +50,14 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
     cut, number = facts.cut, mesh.pp * per_rank
     if cut is None or cut.refused:
         raise _refusal(mesh, config, _uncut(cut))
-    if number > len(cut.layers):
-        rule = f"{number} stages need as many layers, and the model has {len(cut.layers)}"
+    if number > (most := len(cut.layers)):
+        rule = f"{number} stages need as many layers, and the model has {most}"
         if mesh.pp == 1:
             raise _refusal(mesh, config, rule)
-        raise ConfigError("mesh.pp", mesh.pp, rule, f"Use at most {len(cut.layers) // per_rank}")
+        if config.pipeline.stages_per_rank > 1 and mesh.pp * SCHEDULES[schedule].least <= most:
+            raise ConfigError("pipeline.stages_per_rank", per_rank, rule, f"Use at most {most // mesh.pp}")
+        pp = max(size for size in divisors(mesh.world_size) if size * per_rank <= most or size == 1)
+        raise ConfigError("mesh.pp", mesh.pp, rule, f"Use mesh.pp={pp}")
     if config.pipeline.layout is None:
         counts = balanced(costs(layers, cut.units, cut.layers), number)
     else:

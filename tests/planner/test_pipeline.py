@@ -121,7 +121,11 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
             "pipeline.stages_per_rank=2: pipeline.schedule=1f1b has 1",
         ),
         (["mesh=cpu_1x4", "mesh.pp=4", "pipeline.schedule=dualpipev"], "mesh.pp=4: 8 stages need as many layers"),
-        ([*TWO, "pipeline.stages_per_rank=4"], "mesh.pp=2: 8 stages need as many layers, and the model has 6"),
+        (
+            [*TWO, "pipeline.stages_per_rank=4"],
+            "pipeline.stages_per_rank=4: 8 stages need as many layers, and the model has 6. Use at most 3",
+        ),
+        (["mesh=h100_8", "mesh.pp=8"], "mesh.pp=8: 8 stages need as many layers, and the model has 6. Use mesh.pp=4"),
         ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
         ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stages alone"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,10 +240,18 @@ def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ep", ["mesh.ep=16", "mesh.ep=search"])
-def test_changes_that_are_offered_were_planned(ep: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["mesh.ep=16"],
+        ["mesh.ep=search"],
+        ["mesh.pp=4", "mesh.ep=4", "data.micro_batch_size=2", "data.global_batch_size=128"],
+    ],
+    ids=" ".join,
+)
+def test_changes_that_are_offered_were_planned(mesh: list[str], tmp_path: Path) -> None:
     """Whoever adds one gets the seconds that stand beside it, and a plan that fits as well."""
-    given = ["model=qwen3_30b_a3b", "mesh=h100_2x8", "data.seq_len=4096", ep]
+    given = ["model=qwen3_30b_a3b", "mesh=h100_2x8", "data.seq_len=4096", *mesh]
 
     def planned(name: str, *overrides: str) -> Any:
         (tmp_path / name).mkdir()
@@ -252,9 +261,9 @@ def test_changes_that_are_offered_were_planned(ep: str, tmp_path: Path) -> None:
 
     before = planned("before")
     offered = [change for change in before["changes"] if not change["change"].startswith("stack.")]
-    assert offered
+    assert offered and any("pipeline.layout=" in change["change"] for change in offered) == ("mesh.pp=4" in mesh)
     for i, change in enumerate(offered):
-        after = planned(str(i), *change["change"].split())
+        after = planned(str(i), *shlex.split(change["change"]))
         assert after["step_seconds"] == pytest.approx(change["seconds"], rel=1e-9)
         assert after["step_seconds"] < 0.99 * before["step_seconds"]
         assert after["fits"] == change["fits"] == "yes"

@@ -27,10 +27,11 @@ from moecompile.planner.cost_model.counts import count
 from moecompile.planner.cost_model.host import host_seconds
 from moecompile.planner.cost_model.inputs import KINDS, Inputs, Software, inputs_of
 from moecompile.planner.cost_model.seconds import step_seconds
-from moecompile.planner.cost_model.shapes import ModelShape, training_flops
+from moecompile.planner.cost_model.shapes import ModelShape, layer_params, training_flops
 from moecompile.planner.loads import read_loads
 from moecompile.planner.params import BALANCED, Expected, routed
 from moecompile.schema import Config
+from moecompile.stages import Pipeline, in_words
 
 # -- how uneven the load of ranks is: rows of the fullest EP rank over the mean -------------------------------------
 #
@@ -152,6 +153,7 @@ def _short(numbers: Sequence[int]) -> str:
 BEST = 3
 OVERLAP_UNITS = 20  # of DeepSeek-V3's exchanges
 _HELPS = 0.99  # of the time
+_ALIKE = 1.1  # operations of the dearest layer over those of the cheapest
 COMMUNICATION = (
     "exchange within the node",
     "exchange across nodes",
@@ -273,15 +275,53 @@ class Keys:
     no_recompute: str = "trainer.checkpointing=none"
 
 
-def alternatives_of(inputs: Inputs, keys: Keys) -> dict[str, Inputs]:
-    """Changes of one setting, as overrides."""
+def alternatives_of(inputs: Inputs, keys: Keys, pipeline: Pipeline | None) -> dict[str, Inputs]:
+    """Changes of one setting, as overrides.
+
+    Args:
+        pipeline: of the plan.
+    """
     found = {text: replace(inputs, software=software) for text, software in _software(inputs, keys)}
     for text, values in _layouts(inputs):
         try:
             found[text] = replace(inputs, layout=replace(inputs.layout, **values))
         except ConfigError:
             continue  # it does not divide
+    if pipeline is not None:
+        splits = {
+            f"pipeline.layout='{in_words(each)}'": _with_stages(inputs, pipeline, each)
+            for each in _splits(inputs, pipeline)
+        }
+        best = min(splits, key=lambda text: sum(step_of(splits[text]).values()), default=None)
+        found |= {} if best is None else {best: splits[best]}
     return found
+
+
+def _splits(inputs: Inputs, pipeline: Pipeline) -> Iterator[list[int]]:
+    """Layers of each stage with more and with fewer in the last one, equal numbers in the others.
+
+    A plan balances stages by parameters; in seconds the head is worth more layers, or fewer. Of layers that are alike,
+    so that it alone differs. What is left over goes to later stages, whose ranks keep fewer micro-batches.
+    """
+    model, seq = inputs.model, inputs.layout.seq
+    operations = [
+        2 * layer_params(layer, model.hidden)[1] + (layer.mixer.core_flops(seq) if layer.mixer else 0.0)
+        for layer in model.layers
+    ]
+    others, layers = len(pipeline.stages) - 1, sum(len(stage.layers) for stage in pipeline.stages)
+    if (
+        inputs.machine.host is None
+        and layers == inputs.model.num_layers
+        and max(operations) <= _ALIKE * min(operations)
+    ):
+        for last in range(1, layers - others + 1):
+            each, more = divmod(layers - last, others)
+            yield [*[each] * (others - more), *[each + 1] * more, last]
+
+
+def _with_stages(inputs: Inputs, pipeline: Pipeline, layers: Sequence[int]) -> Inputs:
+    places = tuple(sum(layers[i] for i in pipeline.stages_of(rank)) for rank in range(pipeline.ranks))
+    return replace(inputs, layout=replace(inputs.layout, split=(places, pipeline.rank_with_loss)))
 
 
 def _layouts(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -314,7 +354,9 @@ def forecast_plan(shape: ModelShape, plan: Plan, config: Config) -> Forecast:
         ConfigError: as `inputs_of`, or `workload.load` is not of this model.
     """
     inputs = inputs_of(shape, plan, config)
-    return forecast(inputs, loads_of(plan, config, plan.mesh.ep), alternatives_of(inputs, keys_of(config)))
+    return forecast(
+        inputs, loads_of(plan, config, plan.mesh.ep), alternatives_of(inputs, keys_of(config), plan.pipeline)
+    )
 
 
 def keys_of(config: Config) -> Keys:

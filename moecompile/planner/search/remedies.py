@@ -18,6 +18,7 @@ Algorithm:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -225,7 +226,8 @@ def _changed(settings: Mapping[str, object], base: Plan, config: Config, stage: 
 
 
 def _text(settings: Mapping[str, object]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items())
+    """As overrides of a command line: stages have a `|`."""
+    return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in settings.items())
 
 
 # -- what would make a step faster -----------------------------------------------------------------------------------
@@ -246,11 +248,11 @@ def with_changes(
     inputs = inputs_of(shape(plan), plan, config)
     pinned = {key: plan.mesh.size(key.partition(".")[2]) for key in _SEARCHED if config.mesh.ep == SEARCHED}
     found = list[Change]()
-    for change in helping(forecast.seconds, alternatives_of(inputs, keys_of(config))):
+    for change in helping(forecast.seconds, alternatives_of(inputs, keys_of(config), plan.pipeline)):
         if change.change.startswith("stack."):
             found.append(change)
             continue
-        key, _, value = change.change.partition("=")
+        key, _, value = shlex.split(change.change)[0].partition("=")
         settings: dict[str, object] = {**pinned, key: int(value) if value.isdigit() else value}
         with suppress(MoecompileError):  # what cannot be planned helps nobody
             changed = with_settings(config, settings)

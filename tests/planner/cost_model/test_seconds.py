@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from moecompile.planner.cost_model.counts import count
 from moecompile.planner.cost_model.forecast import Keys, alternatives_of, forecast, step_of, synthetic
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software, machine_of, software_of
 from moecompile.planner.cost_model.seconds import step_seconds
+from moecompile.planner.pipeline import counts_of
+from moecompile.stages import Pipeline, Stage, Unit
 
 MODEL = shape_of(
     "tiny", {"layers": 4, "hidden": 1024, "vocab": 1000, "heads": 8, "kv": 8, "moe_ffn": 512, "experts": 16, "topk": 2}
@@ -180,7 +183,7 @@ def test_every_shipped_machine_and_stack_is_complete() -> None:
 
 def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
     case = Inputs(model=MODEL, layout=LAYOUT, machine=H100, software=Software(recompute=("full",)))
-    options = alternatives_of(case, Keys())
+    options = alternatives_of(case, Keys(), None)
     assert "data.micro_batch_size=2" in options  # not of `workload`, which a run does not read
     made = forecast(case, [synthetic("balanced", 16, 16, 2), synthetic("zipf", 16, 16, 2)], options)
     assert made.seconds == pytest.approx(sum(made.parts.values()))
@@ -194,6 +197,38 @@ def test_a_forecast_adds_up_and_its_changes_are_real() -> None:
     even, zipf = made.prices
     assert even.p50_seconds == even.p99_seconds == pytest.approx(made.seconds)
     assert made.seconds < zipf.p50_seconds <= zipf.p99_seconds  # one expert per rank: the same in all layers
+
+
+def stages_of(*layers: int) -> Pipeline:
+    paths = iter(range(sum(layers)))
+    units = [tuple(Unit(path=f"layers.{next(paths)}", is_layer=True, form="") for _ in range(n)) for n in layers]
+    return Pipeline(schedule="1f1b", ranks=len(layers), stages=tuple(Stage(units=each) for each in units))
+
+
+@pytest.mark.parametrize("vocab", [1000, 200_000])
+def test_stages_are_evened_by_seconds(vocab: int) -> None:
+    """What is offered is the fastest of all stages that there are."""
+    model = replace(MODEL, vocab=vocab, layers=(replace(MODEL.layers[0], count=12),))
+    layout = replace(LAYOUT, ep=4, pp=4, split=((5, 4, 2, 1), 3))
+    case = Inputs(model=model, layout=layout, machine=H100, software=Software())
+    every = {}
+    for cuts in combinations(range(1, 12), 3):
+        each = tuple(end - start for start, end in pairwise((0, *cuts, 12)))
+        every[each] = sum(step_of(replace(case, layout=replace(layout, split=(each, 3)))).values())
+    options = alternatives_of(case, Keys(), stages_of(5, 4, 2, 1))
+    (offered,) = (text for text in options if text.startswith("pipeline.layout="))
+    layers = counts_of(offered.partition("=")[2].strip("'"), 4, 12)
+    assert sum(step_of(options[offered]).values()) == every[tuple(layers)] == min(every.values())
+    assert (layers[-1] < 3) == (vocab > 1000) and layers[:-1] == sorted(layers[:-1])
+
+    ffn = model.layers[0].ffn
+    assert ffn is not None
+    mixed = replace(
+        model,
+        layers=(replace(model.layers[0], count=6), replace(model.layers[0], count=6, ffn=replace(ffn, d_shared=9000))),
+    )
+    for other in (replace(case, model=mixed), replace(case, model=replace(model, layers=MODEL.layers))):
+        assert not any("pipeline" in text for text in alternatives_of(other, Keys(), stages_of(5, 4, 2, 1)))
 
 
 def test_elasticity_is_the_share() -> None:
