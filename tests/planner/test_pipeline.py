@@ -125,7 +125,10 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
             [*TWO, "pipeline.stages_per_rank=4"],
             "pipeline.stages_per_rank=4: 8 stages need as many layers, and the model has 6. Use at most 3",
         ),
-        (["mesh=h100_8", "mesh.pp=8"], "mesh.pp=8: 8 stages need as many layers, and the model has 6. Use mesh.pp=4"),
+        (
+            ["mesh=h100_8", "mesh.pp=8", "mesh.ep=1"],
+            "mesh.pp=8: 8 stages need as many layers, and the model has 6. Use mesh.pp=4",
+        ),
         ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
         ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stages alone"),
     ],
