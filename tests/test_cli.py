@@ -217,6 +217,10 @@ def test_a_multirun_over_names_has_one_directory(cwd: Path) -> None:
 
 @pytest.mark.slow
 def test_another_sweep_in_the_same_directory_is_refused(cwd: Path) -> None:
+    result = cli(cwd, "-m", "seed=0,6", "hydra.run.dir=r")
+    assert (result.returncode, result.stderr.strip()) == (
+        2, "error: hydra.run.dir=r: is not of a sweep. Use hydra.sweep.dir=r."
+    )  # fmt: skip
     assert cli(cwd, "-m", "seed=0,6", "hydra.sweep.dir=s").returncode == 3
     before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
     result = cli(cwd, "-m", "seed=0,2", "hydra.sweep.dir=s")

@@ -154,6 +154,10 @@ class RunFolders(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep directory: jobs that sweep `recipe` or `name` would each compute a different one."""
+        given = dict(word.split("=", 1) for word in config.hydra.overrides.hydra if "=" in word)
+        if (folder := given.get("hydra.run.dir")) and "hydra.sweep.dir" not in given:
+            refused = ConfigError("hydra.run.dir", folder, "is not of a sweep", f"Use hydra.sweep.dir={folder}")
+            sys.exit(report(refused, debug=False))
         RunFolders.existing = _existing(config.hydra.sweep.dir)
         _create(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
         _check_sweep(Path(config.hydra.sweep.dir), list(config.hydra.overrides.task))

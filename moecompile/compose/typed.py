@@ -88,6 +88,9 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
     keys = [match[1] for item in overrides if (match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
     groups = [key for key in keys if "." not in key]
     config.given = [key for key in keys if "." in key or key in GIVEN_GROUPS]
+    lists = {key: value for key, value in Given(overrides).items() if value.startswith("[")}
+    if (error := _no_option(lists)) is not None:  # Hydra merges the options of a list
+        raise error
     return with_implied(config, groups)
 
 
@@ -400,15 +403,16 @@ def _by_text(text: str, given: Given) -> UserError:
             groups = match.groupdict()
             path = path or groups["path"]
             value = groups.get("value", given.get(path))
-            return _error(path, value, f"{rule}{_where(text)}", fix.format(path=path, value=value))
+            or_list = f", or write {path}=[{value}] for a list" if "." in path else ""
+            return _error(path, value, f"{rule}{_where(text)}", fix.format(path=path, value=value, or_list=or_list))
     return _no_option(given) or UserError(_one_line(text))
 
 
-def _no_option(given: Given) -> UserError | None:
-    """`mesh=3`, `mesh=[1]`, which Hydra cannot make anything of."""
+def _no_option(given: Mapping[str, str]) -> UserError | None:
+    """`mesh=3`, `mesh=[1]`, `mesh=[cpu_1,cpu_1x2]`."""
     for path, value in given.items():
         if (path in ("", "recipe") or is_dataclass(_schema_type(path))) and not isinstance(yaml.safe_load(value), str):
-            return ConfigError(path, value, "a group takes the name of an option", "--help lists them")
+            return ConfigError(path, value, "a group takes the name of one option", "--help lists them")
     return None
 
 
@@ -489,7 +493,7 @@ MOVED = {
 }  # fmt: skip
 """Keys of version 0.2.0 that said what another key says -> that one."""
 
-_SWEEP = ("several values are a sweep", "Add -m for one job a value, or write {path}=[{value}] for a list")
+_SWEEP = ("several values are a sweep", "Add -m for one job a value{or_list}")
 _TWICE = ("the group has an option already", "Write {path}={value}, without +")
 _TEXTS = (
     (r"config directory '(?P<value>.+)' not found", "--config-dir", "there is no such folder", "Create it"),

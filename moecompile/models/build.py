@@ -213,7 +213,7 @@ def _config_from_keys(model: ModelConfig) -> Any:
         close = difflib.get_close_matches(unknown[0], keys, 1)
         raise ConfigError(
             f"model.config.{unknown[0]}", model.config[unknown[0]], f"is not a setting of {model.architecture}",
-            f"Did you mean {close[0]}" if close else "Remove it, or correct its name",
+            f"{f'Did you mean {close[0]}? If not, remove' if close else 'Remove'} it: ~model.config.{unknown[0]}",
         )  # fmt: skip
     if model.config.get("vocab_size", 1) == 0:
         raise ConfigError("model.config.vocab_size", 0, "must be at least 1", "Use 1 or more")

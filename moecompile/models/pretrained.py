@@ -40,6 +40,10 @@ class _Recipe:
     by_expert: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
 
 
+_SCALES = ("_scale_inv", "_scale", "_scales", "_blocks", ".absmax", ".qweight")
+"""Ends of the names that quantized checkpoints have beside weights, or in place of them."""
+
+
 class Pretrained:
     """The stored weights of `model`, which is on the meta device and not compiled yet.
 
@@ -162,6 +166,9 @@ class Pretrained:
             problems.append(f"lacks {some(missing)}")
         if self._unknown:
             problems.append(f"holds {some(self._unknown)}, which the model does not have")
+        if any(key.endswith(_SCALES) for key in self._unknown):
+            rule = f"holds {some(self._unknown)}: weights in 8 bits or fewer with scales, which are not read by shards"
+            raise self.stored.error(rule, "Use model.load=full, with which transformers makes bf16 weights of them")
         if problems:
             raise self.stored.error("; ".join(problems), "Use a whole checkpoint of this model")
         for name, shape in self.shapes.items():

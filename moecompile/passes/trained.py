@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from moecompile.errors import PlanError
@@ -18,6 +19,7 @@ from moecompile.nn import Experts, SharedExperts, routers_of
 from moecompile.nn.adapters import output_heads, own_router, side_of
 from moecompile.passes.shard import expert_parameters
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan
+from moecompile.schema import AdapterKind, Bf16Weights, Config
 
 
 def keep_frozen(
@@ -72,6 +74,16 @@ def frozen_notes(model: nn.Module, plan: Plan) -> list[str]:
         f"{frozen:,} of the model's {total:,} weights are frozen. Experts that are made from frozen weights stay "
         "frozen; new routers (and reinitialized experts) are trained"
     ]
+
+
+def rounding_notes(model: nn.Module, config: Config) -> list[str]:
+    """A note for the user if the steps of an optimizer of ours are rounded to bf16."""
+    if config.optimizer.bf16_weights is not Bf16Weights.nearest or config.adapters.kind is not AdapterKind.none:
+        return []
+    rounded = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
+    what = "are bf16, and steps are rounded to it, so that small ones are lost"
+    how = "optimizer.bf16_weights=master or stochastic keeps them"
+    return [f"{rounded:,} trained weights {what}; {how}"] if rounded else []
 
 
 # -- what is trained and what is frozen, counted for the user ----------------------------------------------------------

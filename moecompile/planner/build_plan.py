@@ -291,7 +291,7 @@ def _check_sites(layers: Sequence[LayerPlan]) -> None:
         if not isinstance(site, ExpertsSite):
             raise ConfigError(
                 "adapters.kind", "lora", f"{site.fqn or 'the graph'} is a dense FFN that becomes experts, and adapters "
-                "are for experts that the model has already", "Use adapters=none, or experts.sites=existing",
+                "are for experts that the model has already", "Use adapters=none",
             )  # fmt: skip
         if site.form == "modules":
             raise ConfigError(

@@ -100,7 +100,7 @@ def check_given(sites: Sequence[PlannedSite], config: Config, widened: str) -> N
         reason = f"has {path}={getattr(first, _NAMES[path])}" if path in _NAMES else "determines that itself"
         raise ConfigError(
             key, _value(config, key), f"{first.fqn} is in the model already, and the model {reason}",
-            "Leave it out, or use experts.sites=dense to rewrite dense FFNs",
+            "Leave it out",
         )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ def with_implied(config: Config, groups: Collection[str]) -> Config:
         if name != source:
             setattr(model, name, None)
     model.config, model.published = {}, None
+    if model.pretrained and Path(model.pretrained).is_dir():  # export and chat read it from any directory
+        model.pretrained = value = str(Path(model.pretrained).absolute())
     if "model.name" not in given:
         model.name = Path(value).resolve().name if source == "pretrained" else value
     if "model.device" not in given:

@@ -22,6 +22,7 @@ from moecompile.models.sharded import ShardedImport, loads_sharded
 from moecompile.models.source import source_model
 from moecompile.passes.receipt import ON_META
 from moecompile.passes.same_weights import ranks_that_differ
+from moecompile.passes.trained import rounding_notes
 from moecompile.pipeline import Compilation, compile_with_report
 from moecompile.planner.given import given_plan
 from moecompile.report.text import NOT_COMPARED
@@ -58,6 +59,7 @@ class Job:
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         if self.importing is not None and self.importing.note is not None:
             compiled.notes.append(self.importing.note)
+        compiled.notes += rounding_notes(self.model, config)
         check_same_plan(compiled.plan)
         return compiled
 

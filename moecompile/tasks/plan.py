@@ -16,7 +16,7 @@ from moecompile.errors import ConfigError, DoesNotFit
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn.own_router import own_losses
-from moecompile.passes.trained import frozen_notes
+from moecompile.passes.trained import frozen_notes, rounding_notes
 from moecompile.pipeline import new_plan
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import WIDENED
@@ -77,6 +77,7 @@ def run(config: Config, run_dir: Path) -> None:
         *([] if described is None else [_described_note(described, config)]),
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
         *frozen_notes(model, plan),
+        *rounding_notes(model, config),
     ]
     if of_data:
         print_data(of_data, console)

@@ -81,6 +81,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], Callable[[dict[str, Tensor]], obj
         llama, lambda weights: weights.update(extra=torch.zeros(2)),
         {"both": r"holds extra, which the model does not have\."},
     ),
+    "quantized": (
+        llama, lambda weights: weights.update({UP.replace("weight", "weight_scale_inv"): torch.ones(1, 1)}),
+        {"full": r"holds .*_scale_inv, which", "sharded": r"8 bits or fewer with scales, .* Use model\.load=full"},
+    ),
     "another shape": (llama, narrowed, {"full": rf"holds {re.escape(UP)} as \[", "sharded": rf"{re.escape(UP)} in mod"}),
     "both tied ones": (llama, without("embed_tokens"), {"both": r"lacks .*embed_tokens\.weight"}),
     "an expert": (

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import moecompile
+from moecompile.compose import compose_config
 from moecompile.errors import PlanError
+from moecompile.passes.trained import rounding_notes
 from moecompile.pipeline import compile_with_report, plan_of
 from moecompile.plan import Plan
 from moecompile.report.plan_tables import print_plan
@@ -74,6 +76,17 @@ def test_half_of_a_joined_weight_cannot_be_frozen() -> None:
 def test_experts_that_are_drawn_anew_are_trained(init: str) -> None:
     compiled = moecompile.compile_model(frozen(UpDown()), [*COPY4, f"experts.init={init}"], example=tokens())
     assert trained(compiled) == {name for name, _ in compiled.named_parameters()}
+
+
+def test_steps_that_bf16_loses_are_said() -> None:
+    model = TinyGPT().bfloat16()
+    block = model.get_submodule("blocks.0") if hasattr(model, "blocks") else model
+    frozen(block)
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    (note,) = rounding_notes(model, compose_config([]))
+    assert note.startswith(f"{left:,} trained weights are bf16, ") and "optimizer.bf16_weights=master" in note
+    assert rounding_notes(model, compose_config(["optimizer.bf16_weights=stochastic"])) == []
+    assert rounding_notes(TinyGPT(), compose_config([])) == []
 
 
 def test_a_choice_that_is_printed() -> None:

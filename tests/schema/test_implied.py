@@ -13,6 +13,14 @@ from moecompile.errors import ConfigError
 from moecompile.schema import ModelDevice, TokenizerSource, validate
 
 
+def test_a_folder_is_known_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export and chat read it from the run's `resolved.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    model = compose_config(["model.pretrained=./mine"]).model
+    assert (model.pretrained, model.name) == (str(tmp_path / "mine"), "mine")
+
+
 @pytest.mark.parametrize("recipe", [[], ["recipe=deepseek_ep"], ["recipe=upcycle_smollm2"], ["model.name=mine"]])
 @pytest.mark.parametrize("source", ["pretrained", "package"])
 def test_a_source_takes_the_place_of_the_model_group(source: str, recipe: list[str], tmp_path: Path) -> None:
