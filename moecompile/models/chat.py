@@ -247,8 +247,11 @@ _DIRECTIVES = ("-d", "-m", *"YmdbBaAyjHIMSp")
 _HOW = "put {% generation %} around it in the template"
 
 
-def load_chat_template(folder: Path) -> ChatTemplate:
+def load_chat_template(folder: Path, asked: tuple[str, object] = ("data.kind", "sft")) -> ChatTemplate:
     """The tokenizer and the chat template beside a model.
+
+    Args:
+        asked: the key that asks for it and its value, for messages.
 
     Raises:
         ConfigError: one of them is not there, or cannot be used.
@@ -264,9 +267,10 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     if not getattr(tokenizer, "is_fast", False):
         raise _unusable(folder, "it is not one of the library tokenizers, and characters must be found in tokens")
     if not tokenizer.chat_template:
+        key, value = asked
         raise ConfigError(
-            "data.kind", "sft", f"there is no chat template in {folder}", "Put chat_template.jinja beside the model"
-        )
+            key, value, f"there is no chat template in {folder}", "Put chat_template.jinja beside the model"
+        )  # fmt: skip
     return ChatTemplate(tokenizer)
 
 

@@ -37,7 +37,7 @@ from moecompile.plan import (
     layer_of,
     own_routing,
 )
-from moecompile.routing import OWN_LOSSES
+from moecompile.routing import OWN_LOSSES, Workload
 from moecompile.schema import (
     SOURCES,
     AdapterKind,
@@ -165,14 +165,38 @@ def notes(plan: Plan, config: Config, widened: str = "", own_losses: Mapping[str
     """
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
-        return []
+        return list(_unused_notes(plan, config))
     return [
+        *_unused_notes(plan, config),
         *([f"widened: {widened}"] if widened else []),
         _read_note(sites, config),
         *_ignored_notes(plan, config),
         *_loss_notes(plan, config, own_losses or {}),
         *dict.fromkeys(note for site in sites if (note := _groups_note(site, plan.mesh))),
     ]
+
+
+def _unused_notes(plan: Plan, config: Config) -> Iterator[str]:
+    """`ignored: balance.rate=0.5 (no layer has a correction bias that is nudged)`: what only another setting reads. No
+    error: a sweep over that other setting may say both.
+    """
+    if config.plan is not None or config.per_layer:
+        return
+    no_bias = (not any(layer.balance.rate for layer in plan.layers), "no layer has a correction bias that is nudged")
+    workload, init = config.routing.workload, config.experts.init.value
+    for key, (is_unused, why) in {
+        "balance.rate": no_bias,
+        "balance.update": no_bias,
+        "experts.drop_ratio": (init != ExpertInit.drop, f"experts.init={init}"),
+        "experts.shared_gate": (not config.experts.num_shared, "experts.num_shared=0"),
+        "routing.group_score": (all(layer.routing.groups == 1 for layer in plan.layers), "one group of experts"),
+        "routing.skew": (workload not in (Workload.zipf, Workload.drift), f"routing.workload={workload.value}"),
+        "routing.hot_experts": (not workload.has_hot_experts, f"routing.workload={workload.value}"),
+    }.items():
+        if is_unused and key in config.given:
+            group, _, name = key.partition(".")
+            value = getattr(getattr(config, group), name)
+            yield f"ignored: {key}={getattr(value, 'value', value)} ({why})"
 
 
 def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:

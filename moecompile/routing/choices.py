@@ -35,6 +35,11 @@ class Workload(str, Enum):
     rotating = "rotating"  # a hot block that moves by its size at every step
     burst = "burst"  # a hot block at every fourth step, else uniform
 
+    @property
+    def has_hot_experts(self) -> bool:
+        """Whether it reads `hot_experts`."""
+        return self not in (Workload.none, Workload.balanced, Workload.zipf, Workload.hot, Workload.drift)
+
 
 class GroupScore(str, Enum):
     """How group-limited routing scores a group of experts."""

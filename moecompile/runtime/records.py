@@ -348,7 +348,7 @@ def _check_file(path: Path, kind: DataKind) -> None:
     with _opened(path) as file:
         head = file.read(2**12)
     if not head:
-        raise ConfigError("data.path", path, "is empty", _GIVE)
+        raise ConfigError("data.path", path, "is empty", "Remove it, or give another file")
     if path.suffix.lower() in _readers:
         return
     what = next((what for magic, what in _HEADS.items() if head.startswith(magic)), "binary" if b"\0" in head else None)

@@ -56,6 +56,11 @@ def split_text(text: str, val_fraction: float) -> tuple[str, str]:
         ConfigError: one of the two would be empty.
     """
     cut = text.rfind("\n", 0, round(len(text) * (1 - val_fraction))) + 1
+    if (inside := text.strip("\n")) and "\n" not in inside:
+        raise ConfigError(
+            "data.val_fraction", val_fraction, f"cuts after a line, and the text is one of {len(text)} characters",
+            "Break it into lines, or use data=corpus for texts of their own",
+        )  # fmt: skip
     if not text[:cut] or not text[cut:]:
         raise ConfigError(
             "data.val_fraction", val_fraction, f"leaves no whole line of {len(text)} characters for one of the splits",
@@ -100,7 +105,9 @@ def check_kind(data: DataConfig) -> None:
     """
     path = _path(data)
     if not path.is_file():
-        rule = "is a folder" if path.is_dir() else "there is no such file" if not path.exists() else "is not a file"
+        if path.is_dir():
+            raise ConfigError("data.path", path, "is a folder, and one text file is read", "Add data=corpus")
+        rule = "is not a file" if path.exists() else "there is no such file"
         raise ConfigError("data.path", path, f"{rule}, and one text file is read", "Give a UTF-8 text file")
     try:
         with path.open("rb") as file:

@@ -85,6 +85,7 @@ def load(config: Config) -> tuple[nn.Module, ChatTemplate]:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     given = Path(str(config.chat.run))
+    asked = ("chat.run", given)
     folder = next((path for path in (given / "model", given) if _kind(path)), given)
     kind = _kind(folder)
     if kind == PLAN:
@@ -93,18 +94,18 @@ def load(config: Config) -> tuple[nn.Module, ChatTemplate]:
         if beside is None:
             rule = f"its model {trained.config.model.name} is not pretrained, so there is no chat template"
             raise ConfigError("chat.run", given, rule, "Give a run with data=sft")
-        template = load_chat_template(beside)  # before the model, which takes longer
+        template = load_chat_template(beside, asked)  # before the model, which takes longer
         model = load_run(trained)
     elif kind == _ADAPTERS:
         base = str(json.loads((folder / _ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path"))
         if not Path(base, _MODEL).is_file():
             rule = f"adapts the model {base}, which is not there"
             raise ConfigError("chat.run", given, rule, f"Name its folder in {_ADAPTERS}, or export merged adapters")
-        template = load_chat_template(folder if (folder / "tokenizer_config.json").is_file() else Path(base))
+        template = load_chat_template(folder if (folder / "tokenizer_config.json").is_file() else Path(base), asked)
         with no_progress_bars():
             model = load_adapters(build_model(ModelConfig(pretrained=base), config.seed), folder)
     elif kind == _MODEL:
-        template = load_chat_template(folder)
+        template = load_chat_template(folder, asked)
         model = build_model(ModelConfig(pretrained=str(folder)), config.seed)
     else:
         raise ConfigError(

@@ -12,6 +12,7 @@ from moecompile.errors import ConfigError
 from moecompile.plan import FFNSite, Plan
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan, select
+from moecompile.planner.existing import notes
 from moecompile.schema import Config, PerLayerConfig
 from tests.tiny import config
 
@@ -420,3 +421,16 @@ def test_groups_resolve_to_the_nodes_once() -> None:
 def test_impossible_plans_are_errors(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         plan(*overrides)
+
+
+def test_what_only_another_setting_reads_is_said() -> None:
+    given = ["balance.rate=0.5", "experts.drop_ratio=0.9", "routing.skew=2", "routing.hot_experts=2"]
+
+    def said(*words: str) -> list[str]:
+        chosen = config(*given, *words)
+        return [note.partition("=")[0] for note in notes(build_plan([site(0)], chosen, FACTS), chosen)]
+
+    every = [f"ignored: {word.partition('=')[0]}" for word in given]
+    assert said() == said("balance.losses.micro_batch=0.1") == every
+    assert said("balance.rule=bias", "experts.init=drop") == every[2:]
+    assert said("routing.workload=zipf") == [*every[:2], every[3]] and said("routing.workload=hot_block") == every[:3]

@@ -67,9 +67,16 @@ def test_the_tail_is_held_out_from_a_line_start_on() -> None:
     assert split_text(text, 0.1) == ("one\ntwo\nthree\n", "four\n")
 
 
-@pytest.mark.parametrize("text", ["", "no line break at all", "\n"])
-def test_a_text_that_cannot_be_split(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"data.val_fraction=0.5: leaves no whole line"):
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "leaves no whole line"),
+        ("no line break at all", "cuts after a line, and .* data=corpus"),
+        ("\n", "leaves no"),
+    ],
+)
+def test_a_text_that_cannot_be_split(text: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data.val_fraction=0.5: {rule}"):
         split_text(text, 0.5)
 
 

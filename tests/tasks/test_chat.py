@@ -132,7 +132,8 @@ def test_what_cannot_be_asked_is_told(folder: Path, tmp_path: Path) -> None:
         validate(compose_config(["task=chat"]))
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
-    assert "there is no chat template in" in refused(tmp_path / "bare", message)
+    bare = refused(tmp_path / "bare", message)
+    assert bare.startswith(f"chat.run={tmp_path}/bare: there is no chat template in")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     assert "adapts the model gone, which is not there. Name its folder in adapter_config.json" in refused(
