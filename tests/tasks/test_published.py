@@ -195,7 +195,8 @@ def test_task_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     note = "each token may use 4 of the 8 expert groups, 1 on each of the 8 nodes of an EP group; a token reaches up"
     assert note in words
     batch = "15,360 sequences are not a whole number of micro-batches on each rank; 16,384 are planned"
-    assert result["notes"][0] == batch and len(result["notes"]) == 3
+    assert result["notes"][0] == batch and len(result["notes"]) == 4
+    assert result["notes"][3].endswith("optimizer.bf16_weights=master or stochastic keeps them")
     assert (result["num_rewritten"], result["world_size"]) == (58, 2048)
 
 
