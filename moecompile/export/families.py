@@ -22,14 +22,16 @@ _PLACE = re.compile(r"(?P<before>.+)\.(?P<number>\d+)\.(?P<name>\w+)")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a family cannot compute the trained model: a setting, its value, the rule that it breaks."""
+    """Why a family cannot compute the trained model: a setting, its value (None: it is no setting), the rule that it
+    breaks.
+    """
 
     path: str
     value: Any
     rule: str
 
     def __str__(self) -> str:
-        return f"{self.path}={self.value} {self.rule}"
+        return f"{self.path} {self.rule}" if self.value is None else f"{self.path}={self.value} {self.rule}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def common(form: MoEForm, dense: Any) -> list[Refusal]:
             ("routing.workload", routing.workload, routing.workload != "none", "is a benchmark, not a router"),
             ("experts.shared_routed", True, form.experts.shared_routed, "makes the router weigh the shared expert"),
             ("experts.num_identity", identity, identity > 0, "adds experts without weights"),
-            ("the FFN", "bias", site.bias_up or site.bias_down, "is a part of the dense FFN's linears"),
+            ("the dense FFN", None, site.bias_up or site.bias_down, "has linears with a bias"),
         )
         if broken
     ]
@@ -152,7 +154,7 @@ def parts(form: MoEForm, *, gated: bool, latent: bool) -> list[Refusal]:
     return [
         Refusal(path, value, rule)
         for path, value, broken, rule in (
-            ("the FFN", kind, (kind == "gated") != gated, wrong_kind),
+            ("the dense FFN", None, (kind == "gated") != gated, wrong_kind),
             ("experts.latent_size", size, size is not None and not latent, "makes experts work in a latent width"),
             ("experts.latent_norm", norm, norm and latent, "puts a norm before the projection up"),
         )

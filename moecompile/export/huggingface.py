@@ -26,6 +26,7 @@ from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.loading import refuse_incomplete
 from moecompile.nn.own_router import own_routers
 from moecompile.plan import ExpertsSite, Plan
+from moecompile.schema import AdapterKind, Config
 
 # Config keys that describe the class or the file, not the model.
 _NOT_COPIED = ("model_type", "architectures", "transformers_version", "_name_or_path")
@@ -65,6 +66,22 @@ def find_target(model: nn.Module, plan: Plan, requested: str | None) -> Target:
         raise no_pair(requested, form)
     family = choose_family(families, form, config, requested)
     return Target(family, form, _family_config(family, form, config))
+
+
+def export_notes(model: nn.Module, plan: Plan, config: Config) -> list[str]:
+    """A note before training, if what is made of a model of transformers will be none.
+
+    Args:
+        model: before or after it is rewritten by `plan`.
+    """
+    is_theirs = config.model.pretrained or config.model.package
+    if not is_theirs or config.adapters.kind is not AdapterKind.none or not plan.layers:
+        return []
+    try:
+        find_target(model, plan, None)
+    except ConfigError as error:
+        return [f"task=export cannot make a model of transformers of it, export.format=native can: {error.rule}"]
+    return []
 
 
 def write(model: nn.Module, target: Target, folder: Path) -> str:

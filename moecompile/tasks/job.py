@@ -14,6 +14,7 @@ from torch import nn
 
 from moecompile import plan as plans
 from moecompile.errors import CaptureError, ConfigError, PlanError
+from moecompile.export.huggingface import export_notes
 from moecompile.models.build import example_inputs, pretrained_folder
 from moecompile.models.chat import load_chat_template
 from moecompile.models.packing import check_packing
@@ -59,7 +60,7 @@ class Job:
             compiled.step0 = dataclasses.replace(compiled.step0, reason=reason)
         if self.importing is not None and self.importing.note is not None:
             compiled.notes.append(self.importing.note)
-        compiled.notes += rounding_notes(self.model, config)
+        compiled.notes += [*rounding_notes(self.model, config), *export_notes(self.model, compiled.plan, config)]
         check_same_plan(compiled.plan)
         return compiled
 

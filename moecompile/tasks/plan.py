@@ -13,6 +13,7 @@ from torch import nn
 from moecompile import plan as plans
 from moecompile.compose import RESOLVED, load_resolved
 from moecompile.errors import ConfigError, DoesNotFit
+from moecompile.export.huggingface import export_notes
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn.own_router import own_losses
@@ -78,6 +79,7 @@ def run(config: Config, run_dir: Path) -> None:
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
         *frozen_notes(model, plan),
         *rounding_notes(model, config),
+        *export_notes(model, plan, config),
     ]
     if of_data:
         print_data(of_data, console)

@@ -21,7 +21,7 @@ from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import huggingface, load_run, pairs
 from moecompile.export import run as runs
 from moecompile.export.huggingface import family_weights
-from moecompile.models.build import example_inputs
+from moecompile.models.build import build_model, example_inputs
 from moecompile.runtime.data import train_tokenizer
 from moecompile.schema import validate
 from moecompile.torch_private import is_fake, tree_leaves
@@ -191,6 +191,20 @@ def test_a_setting_that_no_family_has_is_named(dense: str, overrides: list[str],
     assert str(caught.value).startswith("export.format=huggingface: this ")
     assert str(caught.value).endswith(f". Use export.format=native; pairs are {pairs()}.")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_said_before_training() -> None:
+    def said(*words: str) -> list[str]:
+        config = tiny_config("llama", list(words))
+        model = build_model(config)
+        plan = moecompile.make_plan(model, config, example=example_inputs(model, SEQ))
+        assert huggingface.export_notes(model, plan, config) == []  # it is no folder's: the user has no family in mind
+        config.model.pretrained = "llama"
+        return huggingface.export_notes(model, plan, config)
+
+    assert said() == []
+    (note,) = said("balance=bias")
+    assert "export.format=native can: this llama cannot become mixtral, because balance.rule=bias" in note
 
 
 def test_a_model_without_a_pair_is_exported_as_it_is(tmp_path: Path) -> None:
