@@ -196,7 +196,7 @@ def test_a_setting_that_no_family_has_is_named(dense: str, overrides: list[str],
 def test_what_cannot_be_exported_is_said_before_training() -> None:
     def said(*words: str) -> list[str]:
         config = tiny_config("llama", list(words))
-        model = build_model(config)
+        model = build_model(config.model, 0)
         plan = moecompile.make_plan(model, config, example=example_inputs(model, SEQ))
         assert huggingface.export_notes(model, plan, config) == []  # it is no folder's: the user has no family in mind
         config.model.pretrained = "llama"
