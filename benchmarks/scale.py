@@ -31,7 +31,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import statistics
 import sys
 import tempfile
 import time
@@ -343,8 +342,11 @@ def exponent(axis: str, rows: Sequence[Mapping[str, Any]], name: str) -> float |
     least = LEAST_MIB if name.endswith(" MiB") else LEAST_SECONDS if name in STEPS else 1
     if len(points) < 3 or points[-1][1] < least:
         return None
-    logs = [(math.log(x), math.log(max(y, least / 10))) for x, y in points]
-    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+    xs, ys = [math.log(x) for x, _ in points], [math.log(max(y, least / 10)) for _, y in points]
+    middle_x, middle_y = math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)
+    # Least squares with exact sums: those of `statistics` depend on the Python, and stored results are compared.
+    rise = math.fsum((x - middle_x) * (y - middle_y) for x, y in zip(xs, ys, strict=True))
+    return rise / math.fsum((x - middle_x) ** 2 for x in xs)
 
 
 def findings(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

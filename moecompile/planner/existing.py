@@ -157,8 +157,8 @@ def _most_nodes(num_experts: int, groups: int, top_groups: int, top_k: int, node
 
 
 def notes(plan: Plan, config: Config, widened: str = "", own_losses: Mapping[str, float] | None = None) -> list[str]:
-    """Notes for the user about existing experts: values read from the model, ignored settings, losses of its own
-    routers, placement of groups.
+    """Notes for the user about settings that nothing reads; and about existing experts: values read from the model,
+    settings that it ignores, losses of its own routers, placement of groups.
 
     Args:
         widened, own_losses: as in `ModelFacts`.

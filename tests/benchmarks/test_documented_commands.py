@@ -18,7 +18,7 @@ PLACES = [
     *(REPOSITORY / "benchmarks").glob("*.md"), *(REPOSITORY / "benchmarks").glob("*.py"),
 ]  # fmt: skip
 
-# Options that make a program small, in place of the command's own.
+# Options that make a program small. They follow those of the command, so that they win.
 SMALL = {
     "adapters.py": "",
     "architectures.py": "llama",
@@ -90,17 +90,21 @@ def why_left(command: str) -> str | None:
     return next((reason for pattern, reason in LEFT if re.fullmatch(pattern, command)), None)
 
 
-def small(command: str) -> str:
-    """The command in a small size, which several may have in common: `two_nodes.py --pairs --rate-mbit 200` and `800`."""
-    program, *given = shlex.split(command)
-    instead = shlex.split(SMALL[program])
-    kept: list[str] = []
-    replaced = False
-    for word in given:
-        replaced = word in instead if word.startswith("--") else replaced
-        if not replaced or "=" in word:
-            kept.append(STANDS_FOR.get(word, word))
-    return shlex.join([program, *kept, *instead])
+def small() -> list[str]:
+    """The commands to run, in small sizes. Those that differ in sizes alone, such as `two_nodes.py --pairs --rate-mbit 200`
+    and `800`, are one, with the options of all: each is parsed.
+    """
+    sizes: dict[tuple[str, ...], list[str]] = {}
+    for command in COMMANDS:
+        if why_left(command) is None:
+            program, *given = shlex.split(command)
+            kept, size = [program], list[str]()
+            is_size = False
+            for word in given:
+                is_size = word in shlex.split(SMALL[program]) if word.startswith("--") else is_size
+                (size if is_size and "=" not in word else kept).append(STANDS_FOR.get(word, word))
+            sizes.setdefault(tuple(kept), []).extend(size)
+    return [shlex.join([*kept, *size, *shlex.split(SMALL[kept[0]])]) for kept, size in sizes.items()]
 
 
 COMMANDS = sorted(commands())
@@ -135,7 +139,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("command", sorted({small(command) for command in COMMANDS if why_left(command) is None}))
+@pytest.mark.parametrize("command", small())
 def test_a_documented_command_runs(command: str, checkout: Path) -> None:
     program, *options = shlex.split(command)
     if program in AS_ROOT and os.geteuid() != 0:
