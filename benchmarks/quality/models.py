@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from quality.study import SEQ, SIZES, VOCAB
+from quality.study import DENSE, SEQ, SIZES, VOCAB
 
 
 def hf_config(size: str, arm: str) -> Any:
@@ -23,7 +23,7 @@ def hf_config(size: str, arm: str) -> Any:
         "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    if arm in ("dense", "parent_dense"):
+    if arm in DENSE:
         return LlamaConfig(intermediate_size=sizes.ffn, **common)
     slices = 4 if arm == "virtual" else 2
     experts = {"virtual": 16, "moe": 4, "parent_moe": 4}.get(arm, 8)
@@ -54,7 +54,7 @@ def counted_flops(size: str, arm: str) -> float:
 
 
 def _eager(arm: str) -> dict[str, str]:
-    return {} if arm in ("dense", "parent_dense") else {"experts_implementation": "eager"}
+    return {} if arm in DENSE else {"experts_implementation": "eager"}
 
 
 def weights_hash(model: nn.Module) -> str:

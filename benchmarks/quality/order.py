@@ -30,14 +30,14 @@ class Rows(TokenWindows):
 def order_of(unit: Unit, num_parent: int, num_branch: int) -> Tensor:
     """The windows that a unit sees, in this order: numbers below `num_parent` are of the parent's part.
 
-    A parent sees its part in an order of its own; every arm of a seed sees the same windows of `branch`; `scratch` sees
-    both, one after the other.
+    A parent sees its part in an order of its own; every arm of a seed sees the same windows of `branch`; those from
+    scratch see both, one after the other.
     """
     first = permutation(num_parent, study.PARENT_SEED, 0)
     if unit.study == "quality" and unit.seed is None:
         return _first(first, unit)
     then = num_parent + permutation(num_branch, unit.seed or 0, 0)
-    if unit.arm != "scratch":
+    if unit.arm not in study.FROM_SCRATCH:
         return _first(then, unit)
     return torch.cat((first[: SIZES[unit.size].parent_steps * ROWS], then))[: unit.steps * ROWS]
 

@@ -1,6 +1,6 @@
 """Does upcycling pay, and how? Runs the studies of `PLAN.md`, in pieces: units without a result are run, one by one.
 
-    python benchmarks/quality/run.py                    # goes on where it stopped: about 13 hours on two idle cores
+    python benchmarks/quality/run.py                    # goes on where it stopped: about 18 hours on two idle cores
     python benchmarks/quality/run.py --list             # what is done, what is missing, and the hours that it takes
     python benchmarks/quality/run.py --hours 2 --jobs 2 # begins no unit after two hours; two at a time
     python benchmarks/quality/run.py --study layout     # the second study: does the layout change the result?

@@ -94,11 +94,14 @@ WIDENED = (
     "experts.init=widen", "experts.num_routed=8", "experts.widen.top_k=kept", "experts.widen.noise=0.1",
 )  # fmt: skip
 OVERRIDES: dict[str, tuple[str, ...]] = {
-    "dense": (), **SLICES, "moe": (), "widened": WIDENED, "scratch": (), "parent_dense": (), "parent_moe": (),
+    "dense": (), **SLICES, "moe": (), "widened": WIDENED, "scratch": (), "dense_scratch": (),
+    "parent_dense": (), "parent_moe": (),
 }  # fmt: skip
-ARMS = ("dense", "copies", "virtual", "drop", "moe", "widened", "scratch")
+ARMS = ("dense", "copies", "virtual", "drop", "moe", "widened", "scratch", "dense_scratch")
+FROM_SCRATCH, DENSE = ("scratch", "dense_scratch"), ("dense", "dense_scratch", "parent_dense")
+DECLARED_LATER = ("dense_scratch",)  # not in the family of main outcomes
 REAL_ARMS, REAL_SEEDS = ("dense", "copies", "drop"), (0, 1)
-BASES = {arm: "parent_moe" if arm in ("moe", "widened") else "parent_dense" for arm in ARMS if arm != "scratch"}
+BASES = {arm: "parent_moe" if arm in ("moe", "widened") else "parent_dense" for arm in ARMS if arm not in FROM_SCRATCH}
 """Arm -> the parent from which it goes on."""
 
 # -- units ----------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class Unit:
             return REAL_STEPS
         size = SIZES[self.size]
         branch = 0 if self.seed is None else size.branch_steps
-        return branch + (size.parent_steps if self.seed is None or self.arm == "scratch" else 0)
+        return branch + (size.parent_steps if self.seed is None or self.arm in FROM_SCRATCH else 0)
 
     @property
     def hours(self) -> float:
@@ -180,7 +183,7 @@ def overrides(unit: Unit) -> tuple[str, ...]:
     """What a run says on moecompile's command line, but for the folders of model and run."""
     every = unit.steps // POINTS
     warmup = max(1, unit.steps // 20)
-    balance = () if unit.arm in ("dense", "parent_dense") else ("balance=aux",)
+    balance = () if unit.arm in DENSE else ("balance=aux",)
     return (
         *OVERRIDES[unit.arm], *balance, f"seed={PARENT_SEED if unit.seed is None else unit.seed}", "mesh=cpu_1",
         f"data.seq_len={SEQ}", f"data.global_batch_size={ROWS}", f"data.micro_batch_size={MICRO_ROWS}",

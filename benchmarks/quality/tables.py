@@ -8,8 +8,8 @@ is better. Intervals are Student's t over the seeds, 95 %.
 
 Equal tokens: both at their last step. Equal FLOPs: both at the FLOPs, by plan, at which the first of them ends; between
 two validations the loss is a line over log FLOPs. Compute multiplier: FLOPs of the other over those of the arm at one
-loss, the higher one of their ends, which both have reached. FLOPs are those after the parent; against `scratch`, with
-those of the parent.
+loss, the higher one of their ends, which both have reached. FLOPs are those after the parent; against an arm from
+scratch, with those of the parent.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ Results = Mapping[Unit, Mapping[str, Any]]
 ASSETS = study.REPOSITORY / "docs" / "assets" / "quality"
 PAIRS = [(arm, "dense") for arm in ARMS if arm != "dense"] + [
     ("virtual", "copies"), ("drop", "copies"), ("widened", "moe"), ("copies", "scratch"), ("widened", "scratch"),
+    ("scratch", "dense_scratch"),
 ]  # fmt: skip
-"""(arm, other); the first ones, against dense, are the family whose p-values are adjusted."""
+"""(arm, other)."""
+FAMILY = [(arm, "dense") for arm in ARMS if arm not in ("dense", *study.DECLARED_LATER)]
+"""The main outcomes, whose p-values are adjusted."""
 
 # -- statistics -----------------------------------------------------------------------------------------------------
 
@@ -136,7 +139,8 @@ def pairs(results: Results, size: str, domain: str, arm: str, other: str) -> lis
         ours, theirs = (results.get(Unit("quality", size, domain, name, seed)) for name in (arm, other))
         if ours is None or theirs is None or not _are_paired(arm, other, ours, theirs):
             continue
-        parts = [_before(results, size, domain, name) if "scratch" in (arm, other) else 0.0 for name in (arm, other)]
+        whole = not {arm, other}.isdisjoint(study.FROM_SCRATCH)
+        parts = [_before(results, size, domain, name) if whole else 0.0 for name in (arm, other)]
         if None in parts:
             continue
         a, b = (curve_of(result, before or 0.0) for result, before in zip((ours, theirs), parts, strict=True))
@@ -152,7 +156,8 @@ def pairs(results: Results, size: str, domain: str, arm: str, other: str) -> lis
 
 def _are_paired(arm: str, other: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     same_parent = study.BASES.get(arm) != study.BASES.get(other) or ours["parent_hash"] == theirs["parent_hash"]
-    same_data = "scratch" in (arm, other) or ours["order_sha256"] == theirs["order_sha256"]
+    one_is_longer = (arm in study.FROM_SCRATCH) != (other in study.FROM_SCRATCH)
+    same_data = one_is_longer or ours["order_sha256"] == theirs["order_sha256"]
     return bool(same_parent and same_data and ours["text_sha256"] == theirs["text_sha256"])
 
 
@@ -183,7 +188,7 @@ def losses(results: Results) -> str:
             row = [size, domain, f"{arm} - {other}", _shown(tokens), _shown(flops),
                    f"{fmean(p.per_byte for p in there):+.4f}", "", _verdict(flops), str(len(there))]  # fmt: skip
             rows.append(row)
-            if other == "dense" and flops.n > 1:
+            if (arm, other) in FAMILY and flops.n > 1:
                 family.append((row, flops.p))
     for (row, _), p in zip(family, holm([p for _, p in family]), strict=True):
         row[6] = f"{p:.3f}"
@@ -342,11 +347,13 @@ EARLY = 25  # steps, before rounding changes the choice of an expert here
 
 # -- pictures -------------------------------------------------------------------------------------------------------
 
-_COLORS = dict(zip(ARMS, ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=True))
+_COLORS = dict(
+    zip(ARMS, ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999"), strict=True)
+)
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Validation over FLOPs with those of the parent, mean and range of the seeds; `scratch` from where it is near."""
+    """Validation over FLOPs with the parent's, mean and range of the seeds; from scratch: from where they are near."""
     there = cells(results)
     figure = Figure(figsize=(4.4 * len(DOMAINS), 3.1 * max(1, len({s for s, _ in there}))), layout="constrained")
     FigureCanvasAgg(figure)

@@ -73,7 +73,7 @@ def _run(unit: Unit, folder: Path) -> dict[str, Any]:
     before = outline(model)
     assert before is not None
     none = Plan(mesh=mesh_spec(config.mesh), layers=(), reductions=reductions(mesh_spec(config.mesh)))
-    is_dense = unit.arm in ("dense", "parent_dense")
+    is_dense = unit.arm in study.DENSE
     compiled = compile_with_report(model, config, example=example, plan=none if is_dense else None)
     by_plan = training_flops(shape_of_model(before, compiled.plan), SEQ)
     by_counter = counted_flops(unit.size, unit.arm) if unit.study == "quality" else None

@@ -110,7 +110,7 @@ def test_stored_curves_are_of_the_plan_and_the_plan_names_what_is_run() -> None:
     known = {unit.path.stem for name in ("quality", "real", "layout") for unit in study.units(name)}
     assert {path.name.split(".")[0] for path in study.CURVES.glob("*.json")} <= known
     plan = (BENCHMARKS / "quality" / "PLAN.md").read_text()
-    assert len(study.units()) == 148 and "all 148 runs" in plan
+    assert len(study.units()) == 168 and "all 168 runs" in plan
     for arm in study.ARMS:
         assert f"| `{arm}` |" in plan
     for size, rate in list(study.RATES.items())[:2]:
@@ -150,11 +150,14 @@ def test_all_arms_of_a_seed_see_the_same_windows_in_the_same_order() -> None:
     }
     dense = orders["dense", 0]
     assert len(dense) == second and len(set(dense.tolist())) == second and dense.min() >= first + 9
-    assert all(order.equal(dense) for (arm, seed), order in orders.items() if seed == 0 and arm != "scratch")
+    assert all(
+        order.equal(dense) for (arm, seed), order in orders.items() if seed == 0 and arm not in study.FROM_SCRATCH
+    )
     assert not orders["dense", 1].equal(dense)
     parent = order_of(Unit("quality", "3m", "prose", "parent_moe", None), first + 9, second + 9)
     assert len(set(parent.tolist())) == first and parent.max() < first + 9
-    assert orders["scratch", 0].equal(torch.cat((parent, dense)))
+    for arm in study.FROM_SCRATCH:
+        assert orders[arm, 0].equal(torch.cat((parent, dense)))
     # moecompile's sampler reads them in this order, with the seed of any arm
     rows = torch.arange(1000, 1000 + first + second + 18).view(-1, 1).expand(-1, 5)
     split = in_order(rows, dense, seed=3)
@@ -252,7 +255,7 @@ def test_only_arms_of_one_parent_are_paired(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     half = 12.706 * math.sqrt(0.02 / 2)  # t of one degree of freedom; the variance of -0.1 and -0.3 is 0.02
     assert f"| copies - dense | -0.2000 ({-0.2 - half:+.4f} to {-0.2 + half:+.4f}) |" in printed
-    assert "quality: 142 of 148 units are missing" in printed
+    assert "quality: 162 of 168 units are missing" in printed
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
