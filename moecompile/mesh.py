@@ -115,8 +115,7 @@ class MeshSpec:
     """A validated mesh; every size is a number of ranks.
 
     Raises:
-        ConfigError: the sizes do not multiply up, a TP, CP or EP group would straddle nodes unevenly, or two axes split
-            the heads of attention.
+        ConfigError: the sizes do not multiply up, or a TP, CP or EP group would straddle nodes unevenly.
     """
 
     num_nodes: int = 1
@@ -138,10 +137,6 @@ class MeshSpec:
         for axis in given.values():
             if axis.group:
                 self._check_contiguous(axis)
-        if len(heads := self.axes(Part.HEADS)) > 1:
-            one, other = heads[:2]
-            rule = f"attention splits heads over {one}, and mesh.{other}={self.size(other)} splits them too"
-            raise ConfigError(f"mesh.{one}", self.size(one), rule, f"Use mesh.{one}=1, or mesh.{other}=1")
         self._check_replicas("expert copies", ("ep",))
         self._check_replicas("micro-batches", self.sharing)
 

@@ -77,7 +77,7 @@ def test_only_repeated_errors_are_not_on_the_page_of_messages() -> None:
     "overrides",
     [
         ["mesh.ep=3", "mesh=cpu_1x4"], ["mesh.epp=3"], ["mesh=nowhere"], ["trainer.max_steps=-1"], ["routing.max_nodes=3", "mesh=cpu_2x2"],
-        ["experts.num_routed=many"], ["balance.rule=quantile", "routing.score=sqrt_softplus"], ["mesh.tp=2", "mesh.cp=2", "mesh=cpu_1x4"],
+        ["experts.num_routed=many"], ["balance.rule=quantile", "routing.score=sqrt_softplus"], ["mesh.tp=3", "mesh=cpu_1x4"],
         ["balance.recenter=true"],
     ],
     ids=" ".join,

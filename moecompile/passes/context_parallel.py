@@ -28,6 +28,7 @@ from moecompile.nn import routers_of
 from moecompile.nn.context import CutLayer, Positions, exchanged_attention, keep_positions
 from moecompile.nn.own_router import own_routers
 from moecompile.nn.padding import padding_of
+from moecompile.nn.stages import passage_of
 from moecompile.plan import Plan
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -38,19 +39,20 @@ _PREFIX = "moecompile_cp_"
 def split_positions(model: nn.Module, plan: Plan, cp: DeviceMesh) -> None:
     """Makes a lowered model compute this rank's positions, in place.
 
+    With stages, the model has the layers of some alone, and was checked before it was cut.
+
     Raises:
         PlanError: the model's attention is not what was planned.
     """
+    if passage_of(model) is None:
+        check_positions(model, plan)
     group = cp.get_group()
     positions = Positions(group.group_name, dist.get_rank(group), group.size())
     paths = {module: path for path, module in model.named_modules()}
-    for entry in plan.context_parallel:
-        matches = re.compile(re.escape(entry.modules).replace(r"\*", r"\d+")).fullmatch
-        if (found := sum(matches(path) is not None for path in paths.values())) != entry.layers:
-            rule = f"{found} of the model's modules have this path, planned are {entry.layers}"
-            raise PlanError("context_parallel", entry.modules, rule, "Plan again for this model")
-    for i, layer in enumerate(layers_of(model)):  # Step 1
-        CutLayer(paths[layer], layer, positions, is_first=i == 0)
+    layers = [(paths[layer], layer) for layer in layers_of(model)]
+    first = layers[0][0] if plan.pipeline is None else plan.pipeline.stages[0].layers[0]
+    for path, layer in layers:  # Step 1
+        CutLayer(path, layer, positions, is_first=path == first)
     keep_positions(model, positions)
     model.register_forward_pre_hook(_without_labels, with_kwargs=True)
     name = _PREFIX + implementation_of(model)  # Step 2
@@ -63,6 +65,20 @@ def split_positions(model: nn.Module, plan: Plan, cp: DeviceMesh) -> None:
         router.positions = positions.axis
     for _, reader in own_routers(model):
         reader.positions = positions.axis
+
+
+def check_positions(model: nn.Module, plan: Plan) -> None:
+    """Checks that the whole model has the attention that is planned.
+
+    Raises:
+        PlanError: it has not.
+    """
+    for entry in plan.context_parallel:
+        matches = re.compile(re.escape(entry.modules).replace(r"\*", r"\d+")).fullmatch
+        found = sum(matches(path) is not None for path, _ in model.named_modules())
+        if found != entry.layers:
+            rule = f"{found} of the model's modules have this path, planned are {entry.layers}"
+            raise PlanError("context_parallel", entry.modules, rule, "Plan again for this model")
 
 
 def check_exchanged(model: nn.Module) -> None:

@@ -18,7 +18,9 @@ from moecompile.errors import PassError
 from moecompile.nn.router import number_routers
 from moecompile.nn.stages import StageEnded, cut_into_stages, end_stages, passage_of, put, uncut
 from moecompile.passes.base import ModelPass, op_name
+from moecompile.passes.context_parallel import check_positions
 from moecompile.passes.lookups import read_here
+from moecompile.passes.tensor_parallel import check_modules
 from moecompile.plan import Plan
 from moecompile.stages import Pipeline, stage_of
 from moecompile.torch_private import tree_leaves, without_values
@@ -36,8 +38,12 @@ class Cut(ModelPass):
         return plan.pipeline is not None
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """The units are there, each weight belongs to one of them, and those of two stages are tied."""
+        """The units are there, each weight belongs to one of them, and those of two stages are tied. What other axes
+        split is there: afterwards some of it is on other ranks.
+        """
         assert plan.pipeline is not None
+        check_modules(model, plan)
+        check_positions(model, plan)
         paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
         for stage in plan.pipeline.stages:
             if missing := [unit.path for unit in stage.units if unit.path not in paths]:

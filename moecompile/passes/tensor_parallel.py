@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from moecompile.errors import PlanError
 from moecompile.nn import Experts, LatentDown, LatentUp, Router, SharedExperts, routers_of
 from moecompile.nn.split import split_module
+from moecompile.nn.stages import Absent, passage_of
 from moecompile.passes.base import op_name
 from moecompile.plan import HEADS_STYLE, SLICE_OPS, Plan
 from moecompile.plan.plan import DENSE, HEADS, INSIDE, ROUTER, SPLIT
@@ -31,16 +32,16 @@ def split_dense(model: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
     Args:
         tp: the device mesh of the axis.
 
+    With stages, the model has the modules of some alone, and was checked before it was cut.
+
     Raises:
-        PlanError: no module of the model has a planned path.
+        PlanError: no module of the model has a planned path, or a weight that is split is also used whole.
     """
+    if passage_of(model) is None:
+        check_modules(model, plan)
     split: dict[nn.Parameter, nn.Parameter] = {}
     for entry in plan.tensor_parallel:
-        found = list(_modules(model, entry.modules))
-        if not found:
-            rule = "is planned to be split over tp, but no module of the model has this path"
-            raise PlanError("tensor_parallel", entry.modules, rule, "Plan again for this model")
-        for module in found:
+        for module in _modules(model, entry.modules):
             split_module(module, entry.style, tp, split)
             if entry.style == "mla_kv_a_proj":
                 vars(module)["tp_rotary"] = int(model.config.qk_rope_head_dim)  # type: ignore[union-attr,arg-type]
@@ -49,6 +50,18 @@ def split_dense(model: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
             if parameter in split:
                 rule = f"is split over tp, but {type(module).__name__} uses it whole"
                 raise PlanError("tensor_parallel", name, rule, "Use mesh.tp=1, or untie the weights")
+
+
+def check_modules(model: nn.Module, plan: Plan) -> None:
+    """Checks that the whole model has the modules that are planned to be split.
+
+    Raises:
+        PlanError: no module of the model has a planned path.
+    """
+    for entry in plan.tensor_parallel:
+        if next(_modules(model, entry.modules), None) is None:
+            rule = "is planned to be split over tp, but no module of the model has this path"
+            raise PlanError("tensor_parallel", entry.modules, rule, "Plan again for this model")
 
 
 def classes_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
@@ -93,10 +106,13 @@ def _on_slices(graph_module: fx.GraphModule) -> Iterator[nn.Parameter]:
 
 
 def _modules(model: nn.Module, pattern: str) -> Iterator[nn.Module]:
-    """Modules with the path `pattern`, in which `*` is a number; not those of experts and routers that are ours."""
+    """Modules with the path `pattern`, in which `*` is a number; not those of experts and routers that are ours, nor
+    what stands for those of other stages.
+    """
     matches = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
     own_classes = (Experts, LatentDown, LatentUp, Router, SharedExperts)
     ours = tuple(path for path, module in model.named_modules() if isinstance(module, own_classes))
     for path, module in model.named_modules():
-        if matches(path) and not path.startswith(tuple(f"{own}." for own in ours)):
+        is_here = not isinstance(module, Absent)
+        if is_here and matches(path) and not path.startswith(tuple(f"{own}." for own in ours)):
             yield module

@@ -13,8 +13,9 @@ from moecompile.plan.checks import at_least, plan_errors
 class ExchangedAttention:
     """Attention of layers that is alike: positions are exchanged for heads before, and back after it.
 
-    modules: their path, with `*` for a number. layers: their number. query_heads, key_heads: of the model. key_copies:
-    how often each head of keys and values is sent, so that every rank gets equally many. d_key, d_value: of a head.
+    modules: their path, with `*` for a number. layers: their number. query_heads, key_heads: of a rank before the
+    exchange, a part of the model's where tp splits them. key_copies: how often each head of keys and values is sent, so
+    that every rank gets equally many. d_key, d_value: of a head.
     """
 
     modules: str

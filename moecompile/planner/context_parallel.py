@@ -3,12 +3,12 @@
 Algorithm:
   1. The model must say what its attention is (`ModelFacts.attention`), and nothing else may look across positions.
   2. `cp` must divide the heads of queries, and the tokens of a sequence. Heads of keys and values that it does not
-     divide are sent several times.
+     divide are sent several times. With `tp` they are a rank's, where the model's tp_plan splits them.
   3. What counts the tokens of a micro-batch, or draws random numbers for them, is refused: they are on several ranks.
   4. Attention of one pattern (layers differ in their number alone) is one entry of the plan.
 
 Bytes that a rank sends over `cp` in a forward, per token of its own (n: ranks of a CP group, b: bytes of a number; H,
-h, d_k, d_v: heads of queries and of keys and values that are sent, and their widths):
+h, d_k, d_v: a rank's heads of queries and of keys and values that are sent, and their widths):
     (n - 1) / n  b  ((H + h) d_k + (h + H) d_v)       q, k, v and the output, summed over layers   -> `cp_traffic`
 """
 
@@ -17,10 +17,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import gcd
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec
+from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.params import AttentionFact, ModelFacts, RunFacts
 from moecompile.schema import Config
@@ -38,10 +39,14 @@ def exchanged_attention(
         return ()
     if facts.no_context:  # Step 1
         raise ConfigError("mesh.cp", mesh.cp, facts.no_context, "Use mesh.cp=1")
-    for fact in facts.attention:  # Step 2
+    attention = [_of_rank(fact, mesh, facts) for fact in facts.attention]
+    for fact in attention:  # Step 2
         if fact.query_heads % mesh.cp:
-            rule = f"{fact.path} has {fact.query_heads} heads, and must have equally many on each of the ranks"
-            fitting = gcd(*(each.query_heads for each in facts.attention))
+            heads = f"{fact.query_heads} heads" + f" on a rank ({mesh.setting(Part.WEIGHTS)})" * (
+                mesh.size(Part.WEIGHTS) > 1
+            )
+            rule = f"{fact.path} has {heads}, and must have equally many on each of the ranks"
+            fitting = gcd(*(each.query_heads for each in attention))
             largest = max(n for n in range(1, mesh.cp) if fitting % n == 0 and mesh.cp % n == 0)
             raise ConfigError("mesh.cp", mesh.cp, rule, f"Use mesh.cp={largest}")
     if config.data.seq_len % mesh.cp:
@@ -50,7 +55,15 @@ def exchanged_attention(
         raise ConfigError("data.seq_len", config.data.seq_len, rule, f"Use {up}")
     for path, value, rule, fix in _refused(layers, config):  # Step 3
         raise ConfigError(path, value, f"{rule}, and mesh.cp={mesh.cp} has its tokens on several ranks", fix)
-    return _by_pattern(facts.attention, mesh.cp)  # Step 4
+    return _by_pattern(attention, mesh.cp)  # Step 4
+
+
+def _of_rank(fact: AttentionFact, mesh: MeshSpec, facts: ModelFacts) -> AttentionFact:
+    """The heads that a rank has before the exchange."""
+    parts = mesh.size(Part.WEIGHTS)
+    if parts == 1 or not any(s.style == "colwise" and s.path.startswith(f"{fact.path}.") for s in facts.split):
+        return fact
+    return replace(fact, query_heads=fact.query_heads // parts, key_heads=fact.key_heads // parts)
 
 
 def _refused(layers: Sequence[LayerPlan], config: Config) -> Iterator[tuple[str, object, str, str]]:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import chain
 from operator import mul
 
 from moecompile.errors import ConfigError
@@ -125,9 +126,6 @@ def no_stages(mesh: MeshSpec, config: Config, facts: ModelFacts) -> str:
 
 
 def _check_supported(mesh: MeshSpec, config: Config) -> None:
-    for axis in mesh.axes(Part.SEQUENCE, Part.TOKENS):
-        rule = f"stages and mesh.{axis}={mesh.size(axis)} are not possible together"
-        raise _refusal(mesh, config, rule, f", or mesh.{axis}=1")
     if config.routing.replay is not None:
         rule = f"a rank has the routers of its stages alone ({_why_stages(mesh, config)})"
         raise ConfigError("routing.replay", config.routing.replay, rule, "Use no stages")
@@ -230,8 +228,8 @@ def counts_of(layout: str, number: int, layers: int) -> list[int]:
 class OfRank:
     """What the ranks of one place along pp have: layers, the mesh of a stage, facts of its part of the model, the run.
 
-    index: along pp; stages: its stages. tied: numbers of a weight that the first and the last stage both have, if this
-    is one of them and another rank the other. tied_here: of one that both have on this rank.
+    index: along pp; stages: its stages. tied: numbers (with tp a rank's part) of a weight that the first and the last
+    stage both have, if this is one of them and another rank the other. tied_here: of one that both have on this rank.
     """
 
     index: int
@@ -273,6 +271,8 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
     assert facts.cut is not None
     found: list[OfRank] = []
     ends, tied = {0, plan.pipeline.rank_with_loss}, facts.vocab_size * facts.d_model * bool(plan.pipeline.tied)
+    if any(f"{fact.path}.weight" in chain(*plan.pipeline.tied) for fact in facts.split):
+        tied //= plan.mesh.size(Part.WEIGHTS)
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]

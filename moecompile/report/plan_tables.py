@@ -196,7 +196,7 @@ def _exchanged_table(plan: Plan) -> Table:
     over = f"attention over {', '.join(plan.mesh.axes(Part.SEQUENCE))}"
     table = plain_table(over, "layers", "heads of a rank", "key heads of a rank", "copies")
     for each in plan.context_parallel:
-        ranks = plan.mesh.size(Part.HEADS)
+        ranks = plan.mesh.size(Part.SEQUENCE)
         numbers = (each.layers, each.query_heads // ranks, each.key_heads * each.key_copies // ranks, each.key_copies)
         table.add_row(Text(each.modules), *(Text(str(number)) for number in numbers))
     return table

@@ -44,6 +44,7 @@ class Case:
     architecture: str
     cp: int
     ep: int
+    tp: int = 1
     ranks: int = 4
     rows: str = "full"
     overrides: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ class Case:
     @property
     def name(self) -> str:
         """`mixtral-4-cp2-ep4`, with what is special about it."""
-        extra = [*self.overrides, *self.losses, *map(str, self.changes.values())]
+        extra = [f"tp{self.tp}"] * (self.tp > 1) + [*self.overrides, *self.losses, *map(str, self.changes.values())]
         extra += [each for each in (self.rows, self.checkpointing) if each not in ("full", "none")]
         return "-".join([f"{self.architecture}-{self.ranks}-cp{self.cp}-ep{self.ep}", *extra])
 
@@ -62,7 +63,7 @@ class Case:
     def folded(self) -> fold_job.Case:
         """The same model for the helpers of fold_job.py."""
         return fold_job.Case(
-            architecture=self.architecture, tp=1, ep=self.ep, ranks=self.ranks, losses=self.losses, changes=self.changes,
+            architecture=self.architecture, tp=self.tp, ep=self.ep, ranks=self.ranks, losses=self.losses, changes=self.changes,
             overrides=(*self.overrides, f"mesh.cp={self.cp}", "data.seq_len=16"),
         )  # fmt: skip
 
@@ -199,11 +200,12 @@ def _bytes(plan: Plan, own: list[tuple[int, Batch]]) -> tuple[float, float, floa
 
 
 def _whole(kept: dict[int, Tensor], plan: Plan) -> list[Tensor]:
-    """The logits of all micro-batches, of all positions."""
+    """The logits of all micro-batches, of all positions. Ranks of a TP group, which are neighbours, have the same."""
     gathered: list[Any] = [None] * plan.mesh.world_size
     torch.distributed.all_gather_object(gathered, kept)
     return [
-        torch.cat([of_rank[number] for of_rank in gathered if number in of_rank], 1) for number in range(len(LENGTHS))
+        torch.cat([of_rank[number] for of_rank in gathered[:: plan.mesh.tp] if number in of_rank], 1)
+        for number in range(len(LENGTHS))
     ]
 
 

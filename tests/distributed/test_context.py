@@ -73,11 +73,24 @@ SLOW = (
     ),
     Case(architecture="qwen3_moe", cp=2, ep=4, checkpointing="full"),
     Case(architecture="mixtral", cp=2, ep=4, checkpointing="keep_exchanges", rows="left"),
+    Case(architecture="mixtral", cp=2, tp=2, ep=4, rows="packed"),
+    Case(
+        architecture="deepseek_v3",
+        cp=2,
+        tp=2,
+        ep=2,
+        rows="left",
+        checkpointing="full",
+        changes={"num_attention_heads": 4, "num_key_value_heads": 4},
+    ),
+    Case(architecture="llama", cp=2, tp=2, ep=1, losses={"micro_batch": 0.3, "z": 0.2}, rows="right"),
 )
 EIGHT = (
     Case(architecture="mixtral", cp=2, ep=8, ranks=8, changes={"num_local_experts": 8}),
     Case(architecture="deepseek_v3", cp=4, ep=2, ranks=8, changes={"num_attention_heads": 4, "num_key_value_heads": 4}),
     Case(architecture="qwen3_moe", cp=4, ep=8, ranks=8, rows="packed"),
+    Case(architecture="qwen3_moe", cp=2, tp=2, ep=4, ranks=8, rows="packed"),
+    Case(architecture="mixtral", cp=4, tp=2, ep=2, ranks=8, changes={"num_attention_heads": 8}),
 )
 
 

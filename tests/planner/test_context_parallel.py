@@ -16,7 +16,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.plan import ExchangedAttention, Plan
 from moecompile.planner import ModelFacts, RunFacts
 from moecompile.planner.context_parallel import cp_traffic, exchanged_attention
-from moecompile.planner.params import AttentionFact
+from moecompile.planner.params import AttentionFact, SplitFact
 from tests.existing_models import moe_model
 from tests.tiny import COPY4, TinyGPT, config, ids, tiny_llama
 
@@ -66,12 +66,30 @@ def test_what_cannot_be_split_is_refused(changes: dict[str, Any], overrides: lis
         ("routing.capacity_factor=1.0", "routing.capacity_factor=1.0: an expert's capacity counts the tokens of a micro-"),
         ("routing.jitter=0.1", "routing.jitter=0.1: its random numbers are those of a micro-batch, and mesh.cp=2 has its"),
         ("routing.workload=zipf", "routing.workload=zipf: is drawn for a micro-batch, and mesh.cp=2 has its tokens on"),
-        ("mesh.tp=2", "mesh.cp=2: attention splits heads over cp, and mesh.tp=2 splits them too. Use mesh.cp=1, or"),
     ],
 )  # fmt: skip
 def test_options_of_whole_micro_batches_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         planned(tiny_llama(), *COPY4, override)
+
+
+def test_with_tp_the_heads_of_a_rank_are_exchanged() -> None:
+    both = MeshSpec(ranks_per_node=8, ep=4, cp=4, tp=2)
+    q_proj = SplitFact(
+        path="layers.0.attn.q_proj", pattern="layers.*.attn.q_proj", style="colwise", kind="linear", size=128,
+        size_name="output", params=1, site=None,
+    )  # fmt: skip
+    split = replace(facts(), split=(q_proj, replace(q_proj, path="layers.1.attn.q_proj")))
+    (keys,) = exchanged_attention((), both, split, config("data.seq_len=16"))
+    assert keys == replace(KEYS, query_heads=4, key_heads=1, key_copies=4)
+    run = RunFacts(tokens_per_rank=64, compute_bytes=2)
+    assert cp_traffic([keys], both, run).intra_node == 2 * (4 * (16 + 8) + 4 * (16 + 8)) * 2 * 3 / 4
+    assert exchanged_attention((), both, facts(), config("data.seq_len=16")) == (KEYS,)  # each rank has all heads
+    message = (
+        "mesh.cp=4: layers.0.attn has 6 heads on a rank (mesh.tp=2), and must have equally many on each of the ranks. "
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}Use mesh.cp=2"):
+        exchanged_attention((), both, replace(facts(query_heads=12), split=split.split), config("data.seq_len=16"))
 
 
 def test_bytes_over_cp_by_hand() -> None:

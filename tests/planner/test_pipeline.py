@@ -129,7 +129,6 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
             ["mesh=h100_8", "mesh.pp=8", "mesh.ep=1"],
             "mesh.pp=8: 8 stages need as many layers, and the model has 6. Use mesh.pp=4",
         ),
-        ([*TWO, "mesh.tp=2"], "mesh.pp=2: stages and mesh.tp=2 are not possible together"),
         ([*TWO, "routing.replay=record"], "routing.replay=record: a rank has the routers of its stages alone"),
     ],
 )
@@ -219,8 +218,6 @@ def test_so_it_does_where_stages_choose_what_they_compute_again(schedule: list[s
     ("overrides", "recipe", "reason"),
     [
         (["routing.replay=record"], "deepseek_ep", "routing.replay=record a rank has the routers of its stages alone"),
-        (["mesh.cp=2"], "deepseek_ep", "stages and mesh.cp=2 are not possible together"),
-        (["mesh.tp=2"], "deepseek_ep", "stages and mesh.tp=2 are not possible together"),
         (["trainer.baseline=dense"], "switch_ep", "trainer.baseline=dense trains a model that is not cut"),
     ],
 )

@@ -46,6 +46,10 @@ CASES = {
         *TINY, "model.config.num_hidden_layers=8", "mesh.pp=4", "data.global_batch_size=40",
         "pipeline.schedule=dualpipev",
     ],
+    "positions split": [*TINY, *TWO, "mesh.cp=2", "model.config.num_hidden_layers=4", "pipeline.stages_per_rank=2"],
+    "weights split, tied": [
+        "model=llama_nano", "balance.losses.z=0.001", *TINY[2:], "mesh=cpu_1x4", *TWO, "mesh.tp=2", "trainer.gather=layer",
+    ],
     "four stages": [*TINY, "model.config.num_hidden_layers=4", "mesh.pp=4", "data.global_batch_size=12"],
 }  # fmt: skip
 Results = dict[str, dict[int, dict[str, Any]]]

@@ -68,12 +68,18 @@ CASES: dict[str, list[str]] = {
     "there and back, replicas, reduced each time": [
         "recipe=qwen3_moe", FOUR, V, "mesh.ep=1", "mesh.dp_replicate=2", "trainer.reduce=each", "trainer.gather=layer",
     ],
+    "positions split, tied, muon": [*LLAMA, *LOSSES, "mesh.cp=2", "optimizer=muon", KEPT],
+    "positions split, pairs": [*DEEPSEEK, *AUX, "mesh.cp=2", V, PAIRS, "data.global_batch_size=32"],
+    "weights split, tied, interleaved, drawn, computed again": [
+        *LLAMA, *DRAWN, "mesh.tp=2", "pipeline.stages_per_rank=2", FULL,
+    ],
+    "weights split, tied, pairs, kept": [*LLAMA, *LOSSES, "mesh.tp=2", V, PAIRS, KEPT, "data.global_batch_size=20"],
     "there and back, four ranks, muon": [
         "recipe=deepseek_ep", EIGHT, V, "mesh.pp=4", "optimizer=muon", "data.global_batch_size=20",
     ],
 }  # fmt: skip
 TWICE = (
-    "1f1b", "interleaved, computed again", "tied, muon", "streams, hash", "bf16", "there and back",
+    "1f1b", "interleaved, computed again", "tied, muon", "positions split, tied, muon", "streams, hash", "bf16", "there and back",
     "pairs, reduced each time", "there and back, four ranks, muon",
 )  # fmt: skip
 """Cases with two steps: each schedule, optimizer and precision, and a router that is balanced."""

@@ -317,7 +317,10 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
             keys = layer.mixer.kv_heads * (layer.mixer.d_qk + layer.mixer.d_v) / layout.tp
             context += share * (layout.cp - 1) * layout.tokens * keys * BF16 * 3
     near = layout.tp * layout.cp <= machine.domain
-    stage = 2 * layout.vpp * layout.tokens / layout.tp * model.hidden * BF16 if layout.pp > 1 else 0.0
+    sent = layout.tokens / (
+        layout.tp if layout.split is None else 1
+    )  # of what runs here, each rank of a TP group sends all
+    stage = 2 * layout.vpp * sent * model.hidden * BF16 if layout.pp > 1 else 0.0
     return Parallel(
         tensor=tensor,
         context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),

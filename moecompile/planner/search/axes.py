@@ -73,13 +73,18 @@ class Axes:
     kept: dict[str, str]
 
     def meshes(self) -> Iterator[tuple[dict[str, int], Stages]]:
-        """Sizes of the axes of the mesh that change the plan of a layer, and one of `stages`."""
+        """Sizes of the axes of the mesh that change the plan of a layer, and one of `stages`.
+
+        Stages with tp are searched where one of them is given: they take twice as long, and were never the fastest.
+        """
         for *sizes, ep in product(*self.sharing.values(), self.ep):
             found = {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
             if found["pp"] == 1:
                 if _NO_STAGES in self.stages:  # else a schedule or a number was given, which needs a pipeline
                     yield found, _NO_STAGES
-            elif all(size == 1 for name, size in found.items() if name not in ("ep", "pp")) or "pp" in self.kept:
+            elif (
+                all(size == 1 or name in ("ep", "pp", *self.kept) for name, size in found.items()) or "pp" in self.kept
+            ):
                 yield from ((found, stages) for stages in self.stages)
 
     def chosen(self, settings: Mapping[str, object]) -> dict[str, object]:

@@ -117,8 +117,8 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
     given, count = inputs.layout, max(1, len(space.recompute))
     for tp, pp, cp, ep in product(space.tp, space.pp, space.cp, space.ep):
         for etp, zero, micro_batch in product(sorted({1, tp}), space.zero, space.micro_batch):
-            alone = tp in space.ran and cp == space.ran_cp if pp == 1 else pp in space.ran_pp and tp == cp == 1
-            if alone and etp == 1 and zero == 3 and inputs.software.schedule != "dualpipe":
+            runs = tp in space.ran and cp == space.ran_cp and (pp == 1 or pp in space.ran_pp)
+            if runs and etp == 1 and zero == 3 and inputs.software.schedule != "dualpipe":
                 continue
             sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "zero": zero, "micro_batch": micro_batch}
             stages = space.vpp or _virtual(inputs, pp)
