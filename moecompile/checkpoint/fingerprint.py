@@ -56,8 +56,8 @@ MAY_DIFFER = (
     "trainer.timeout_s", "trainer.val_interval",
     # How it is computed, and where.
     "data.cache", "data.epochs", "data.micro_batch_size", "data.val_batches", "dispatch.*", "embeddings.*",
-    "hardware.*", "imported.*", "launcher.*", "mesh.*", "model.device", "model.load", "pipeline.*", "stack.*",
-    "workload.*",
+    "hardware.*", "imported.*", "launcher.*", "mesh.*", "model.attention", "model.device", "model.load", "pipeline.*",
+    "stack.*", "workload.*",
     # Names, permissions and other tasks.
     "bench.*", "chat.*", "compare", "debug", "export.*", "given", "model.name", "model.published", "name", "place.*",
     "routing.allow_future", "rehearse.*", "search.*", "task.*", "verify.*",

@@ -22,7 +22,7 @@ from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted
 from moecompile.models.packages import check_package, package_folder
 from moecompile.models.recorded import NotRecorded
 from moecompile.named_code import FACTORY, imported
-from moecompile.schema import ModelConfig, ModelDevice, ModelInit
+from moecompile.schema import ModelAttention, ModelConfig, ModelDevice, ModelInit
 
 # Before the rewrite, transformers' plain loop computes existing experts: it supports every precision.
 _EXPERTS = "eager"
@@ -156,7 +156,8 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
         config = _with_own_attention(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), "model.pretrained", folder
         )
-        empty = empty_of(config, dtype=config.dtype or dtype, experts_implementation=_EXPERTS)
+        with _attention_checked(model):
+            empty = empty_of(config, dtype=config.dtype or dtype, **_implementations(model))
     except UNREADABLE as error:
         raise unreadable(error, "model.pretrained", folder) from error
     return empty
@@ -189,10 +190,34 @@ def example_inputs(model: nn.Module, seq_len: int, *, longest: int = LONGEST_EXA
 def _from_architecture(model: ModelConfig) -> nn.Module:
     config = _config_from_keys(model)
     try:
-        built: nn.Module = auto_class(str(model.architecture)).from_config(config, experts_implementation=_EXPERTS)
+        with _attention_checked(model):
+            built: nn.Module = auto_class(str(model.architecture)).from_config(config, **_implementations(model))
+    except ConfigError:
+        raise
     except Exception as error:
         raise _not_buildable(model, error) from error
     return built
+
+
+def _implementations(model: ModelConfig) -> dict[str, str]:
+    """Which of transformers' implementations the model uses."""
+    found = {"experts_implementation": _EXPERTS}
+    if model.attention is not ModelAttention.auto:
+        found["attn_implementation"] = model.attention.value
+    return found
+
+
+@contextmanager
+def _attention_checked(model: ModelConfig) -> Iterator[None]:
+    """Raises ConfigError if transformers refuses the attention that is asked for."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        if model.attention is ModelAttention.auto or "attention" not in reason.lower():
+            raise
+        rule = f"transformers refuses it: {reason}"
+        raise ConfigError("model.attention", model.attention.value, rule, "Use model.attention=auto") from error
 
 
 def _config_from_keys(model: ModelConfig) -> Any:
@@ -261,11 +286,11 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
     value, unconverted = model.package or str(folder), list[str]()
     try:
         config = _with_own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False), path, value)
-        with no_progress_bars(), unconverted_weights() as unconverted:
+        with no_progress_bars(), unconverted_weights() as unconverted, _attention_checked(model):
             loaded: nn.Module
             loaded, info = class_of(config).from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", experts_implementation=_EXPERTS,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
+                ignore_mismatched_sizes=True, **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
         raise unreadable(error, path, value, unconverted) from error

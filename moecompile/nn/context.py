@@ -170,14 +170,22 @@ def _cut_whole(value: Any, length: int, dim: int, positions: Positions) -> Any:
     return positions.part(value, dim)
 
 
-class _Grouped:
-    """An attention module as its implementation sees it, with this rank's number of query heads per key head."""
+class _OfRank:
+    """An attention module as its implementation sees it on this rank: the number of query heads per key head, and its
+    own heads' part of a weight with a number for each.
+    """
 
-    def __init__(self, module: nn.Module, groups: int) -> None:
+    def __init__(self, module: nn.Module, groups: int, parts: Mapping[str, Tensor]) -> None:
         self._module, self.num_key_value_groups = module, groups
+        vars(self).update(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def weights_of_heads(module: nn.Module, heads: int) -> dict[str, Tensor]:
+    """The weights of an attention module with one number for each head (sinks), by name."""
+    return {name: x for name, x in module.named_parameters(recurse=False) if x.shape == (heads,)}
 
 
 def exchanged_attention(
@@ -201,9 +209,13 @@ def exchanged_attention(
     copies = key_copies(key.shape[1], positions.size)
     if copies > 1:
         key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+    whole = weights_of_heads(module, query.shape[1])
+    parts = {name: x.chunk(positions.size)[positions.index] for name, x in whole.items()}
+    for key_word, x in kwargs.items():
+        kwargs[key_word] = next((parts[name] for name, each in whole.items() if each is x), x)
     query, key, value = (exchange_dims(x, 1, 2, positions.axis) for x in (query, key, value))
-    grouped = _Grouped(module, query.shape[1] // key.shape[1])
-    output, _ = inner(grouped, query, key, value, attention_mask, **kwargs)
+    seen = _OfRank(module, query.shape[1] // key.shape[1], parts)
+    output, _ = inner(seen, query, key, value, attention_mask, **kwargs)
     back: Tensor = exchange_dims(output, 1, 2, positions.axis)
     return back, None
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moecompile.capture import layers_of
+from moecompile.capture import is_meta, layers_of
 from moecompile.errors import ConfigError, PassError, PlanError
 from moecompile.nn import routers_of
 from moecompile.nn.context import CutLayer, Positions, exchanged_attention, keep_positions
@@ -30,9 +30,12 @@ from moecompile.nn.own_router import own_routers
 from moecompile.nn.padding import padding_of
 from moecompile.nn.stages import passage_of
 from moecompile.plan import Plan
+from moecompile.schema import ModelAttention
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' implementations of attention that take any heads and whole masks."""
+ON_A_GPU = tuple(each.value for each in ModelAttention if each.value not in ("auto", *IMPLEMENTATIONS))
+"""Those that neither train on a CPU nor run on the meta device."""
 _PREFIX = "moecompile_cp_"
 
 
@@ -98,8 +101,11 @@ def configs_of(model: nn.Module) -> Iterator[Any]:
     return (config for config in configs.values() if hasattr(config, "_attn_implementation"))
 
 
-def register_attention(name: str, function: Callable[..., Any], inner: str) -> None:
-    """Registers `function(implementation, module, query, ...)` with transformers, with the masks of `inner`."""
+def register_attention(name: str, function: Callable[..., Any], inner: str, masks: str | None = None) -> None:
+    """Registers `function(implementation, module, query, ...)` with transformers, with the masks of `inner`.
+
+    masks: the implementation whose masks it takes instead.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -107,7 +113,7 @@ def register_attention(name: str, function: Callable[..., Any], inner: str) -> N
         return function(_implementation(inner, module), module, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks or inner])
 
 
 def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -119,14 +125,28 @@ def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def attention_replaced(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the attention of every layer is `function(implementation, module, query, ...)`."""
+def attention_replaced(model: nn.Module, function: Callable[..., Any], masks: str | None = None) -> Iterator[None]:
+    """Inside, the attention of every layer is `function(implementation, module, query, ...)`; masks: as there."""
     configs = list(configs_of(model))
     before = [config._attn_implementation for config in configs]
-    register_attention("moecompile_replaced", partial(function), before[0])
+    register_attention("moecompile_replaced", partial(function), before[0], masks)
     try:
         for config in configs:
             config._attn_implementation = "moecompile_replaced"
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+@contextmanager
+def eager_on_meta(model: nn.Module) -> Iterator[None]:
+    """Inside, attention that does not run on the meta device is eager there."""
+    configs = [config for config in configs_of(model) if config._attn_implementation in ON_A_GPU]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs if is_meta(model) else ():
+            config._attn_implementation = "eager"
         yield
     finally:
         for config, name in zip(configs, before, strict=True):

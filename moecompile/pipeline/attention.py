@@ -1,19 +1,25 @@
-"""What the planner must know of a model to split positions over `cp`: its attention, and that nothing else mixes them.
+"""What the planner must know of a model's attention: how positions are split over `cp`, and what its scores need.
 
-Algorithm:
+Positions (`attention_of`):
   1. Rules that the model's class and config decide: it uses transformers' attention interface, and has no state.
   2. One forward on the example with a probe in place of attention, which notes the heads of every layer and returns for
      each position its own values alone.
   3. With the probe, no output may depend on another position. A token is changed, first at the start and then at the
      end: where the outputs of other positions change, something else mixes positions (a convolution, a recurrence,
      attention outside of the interface).
+Scores (`scores_of`), of an implementation that makes a matrix of them for each head (`eager`):
+  1. One forward on the example notes how the attention of each layer is called.
+  2. Each kind of call is made on the meta device with long sequences, forward and backward: the bytes that autograd
+     keeps, and the most at a time, for each pair of positions.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +29,16 @@ from moecompile.capture import Example, call_with, in_mode, is_meta, layers_of
 from moecompile.capture.record import caches
 from moecompile.errors import MoecompileError
 from moecompile.match.sites import record_model
-from moecompile.nn.context import Positions, cut_arguments
+from moecompile.nn.context import Positions, cut_arguments, weights_of_heads
 from moecompile.passes.context_parallel import IMPLEMENTATIONS, attention_replaced, configs_of, implementation_of
-from moecompile.planner.params import AttentionFact
+from moecompile.planner.params import AttentionFact, ScoresFact, SplitFact
+from moecompile.torch_private import TorchDispatchMode, tree_leaves, without_values
 
 _TOLERATED_ROUNDING = 64  # times the precision of the dtype: experts may group other tokens
 _IDS = "input_ids"
+_MAKES_SCORES = "eager"
+_INSTEAD = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+"""Implementation that makes no matrices of scores on a GPU -> whether a model has it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -81,17 +91,10 @@ class _Probe:
         """One forward in evaluation mode; what the model returns, nothing on the meta device."""
         self.ran = []
         with ExitStack() as stack:
-            stack.enter_context(attention_replaced(self.model, self._attention))
             for layer in self.layers:
                 hook = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
                 stack.callback(hook.remove)
-            if is_meta(self.model):
-                return record_model(self.model, example)
-            stack.enter_context(in_mode(self.model, training=False))
-            stack.enter_context(caches(self.model, on=False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            return call_with(self.model, example)
+            return _run(self.model, example, self._attention)
 
     def reason(self) -> str:
         """Why positions cannot be split; empty if they can."""
@@ -111,7 +114,11 @@ class _Probe:
         attention_mask: Tensor | None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         path = self.paths[module]
-        others = [name for name, each in kwargs.items() if isinstance(each, Tensor) and name != "position_ids"]
+        of_heads = weights_of_heads(module, query.shape[1]).values()
+        others = [
+            name for name, each in kwargs.items()
+            if isinstance(each, Tensor) and name != "position_ids" and not any(each is known for known in of_heads)
+        ]  # fmt: skip
         if others:
             raise MoecompileError(f"{path} gives its attention {others[0]}, which heads would have to share")
         self.attended.add(self.ran[-1])
@@ -119,6 +126,19 @@ class _Probe:
             path=path, query_heads=query.shape[1], key_heads=key.shape[1], d_key=query.shape[3], d_value=value.shape[3]
         )
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+
+
+def _run(model: nn.Module, example: Example, attention: Callable[..., Any]) -> Any:
+    """One forward in evaluation mode with another attention; what the model returns, nothing on the meta device."""
+    with ExitStack() as stack:
+        stack.enter_context(attention_replaced(model, attention))
+        if is_meta(model):
+            return record_model(model, example)
+        stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(caches(model, on=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        return call_with(model, example)
 
 
 def _mixing(probe: _Probe, example: Mapping[str, Any], outputs: Any) -> str:
@@ -144,3 +164,113 @@ def _logits(outputs: Any) -> Tensor | None:
     found = getattr(outputs, "logits", None)
     found = getattr(outputs, "last_hidden_state", None) if found is None else found
     return found if isinstance(found, Tensor) and found.dim() == 3 else None
+
+
+# -- matrices of scores -----------------------------------------------------------------------------------------------
+
+_LONG = 16384  # positions, with which all but the matrices is next to nothing
+
+
+@dataclass
+class _Call:
+    """How an attention is called. of_module: arguments that are weights of the module -> their names there."""
+
+    inner: Callable[..., Any]
+    module: nn.Module
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    mask: torch.dtype | None
+    others: dict[str, Any]
+    of_module: dict[str, str]
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for calls that need the same."""
+        shapes = (self.query[1:], self.key[1:], self.value[1:], self.mask)
+        return type(self.module), shapes, *sorted(self.of_module.items())
+
+
+def scores_of(model: nn.Module, example: Example | None, splits: Sequence[SplitFact]) -> dict[int, ScoresFact]:
+    """`ModelFacts.scores`."""
+    if example is None or implementation_of(model) != _MAKES_SCORES:
+        return {}
+    calls, paths = dict[str, _Call](), {module: path for path, module in model.named_modules()}
+
+    def noted(
+        inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        weights = dict(module.named_parameters(recurse=False))
+        of_module = {name: own for name, x in others.items() for own, weight in weights.items() if weight is x}
+        plain = {name: x for name, x in others.items() if name not in of_module}
+        kind = None if mask is None else mask.dtype
+        calls[paths[module]] = _Call(inner, module, query.shape, key.shape, value.shape, kind, plain, of_module)
+        return inner(module, query, key, value, mask, **others)
+
+    _run(model, example, noted)
+    if not calls:
+        return {}
+    is_split = any(s.style == "colwise" and s.path.startswith(f"{path}.") for s in splits for path in calls)
+    instead = tuple(name for name, has in _INSTEAD.items() if getattr(model, has, False))
+    kinds = {call.kind: call for call in calls.values()}
+    found: dict[int, ScoresFact] = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        of_kind = {kind: _bytes_of_pairs(call, dtype) for kind, call in kinds.items()}
+        kept = sum(of_kind[call.kind][0] for call in calls.values()) / max(len(calls), len(list(layers_of(model))))
+        most = max(most for _, most in of_kind.values())
+        found[dtype.itemsize] = ScoresFact(kept=kept, made=most - kept, is_split=is_split, instead=instead)
+    return found
+
+
+def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
+    """What is kept, and the most at a time, for each pair of positions."""
+
+    def made(shape: torch.Size) -> Tensor:
+        length = _LONG * shape[2] // call.query[2]
+        return torch.empty(1, shape[1], length, shape[3], dtype=dtype, device="meta", requires_grad=True)
+
+    query, key, value = map(made, (call.query, call.key, call.value))
+    mask = None
+    if call.mask is not None:
+        of_mask = dtype if call.mask.is_floating_point else call.mask
+        mask = torch.empty(1, 1, query.shape[2], key.shape[2], dtype=of_mask, device="meta")
+    module = without_values(call.module).to(dtype).requires_grad_()
+    others = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in call.others.items()}
+    others |= {name: module.get_parameter(own) for name, own in call.of_module.items()}
+    with _LiveBytes() as live:
+        output = call.inner(module, query, key, value, mask, **others)[0]
+        kept = live.now
+        output.backward(torch.empty_like(output))
+    pairs = query.shape[2] * key.shape[2]
+    return kept / pairs, live.most / pairs
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the memory of what ops make while it is active: now, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch's."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.most = max(self.most, self.now)

@@ -14,6 +14,7 @@ from moecompile.match.boundaries import Boundaries
 from moecompile.match.lookups import find_lookups, region_of
 from moecompile.match.regions import Captured
 from moecompile.match.sites import capture_regions, record_model
+from moecompile.passes.context_parallel import eager_on_meta
 from moecompile.passes.prove import unproven
 from moecompile.passes.run import Log
 from moecompile.pipeline.facts import facts_of
@@ -37,7 +38,8 @@ def capture_planned(
 ) -> Captured:
     """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`."""
     log = log or Log()
-    recording = record_model(model, example)
+    with eager_on_meta(model):
+        recording = record_model(model, example)
     log.add("capture", {}, {}, f"{len(recording.graph.nodes)} functions recorded")
     kind = config.experts.sites if plan is None else _kind(plan, config)
     captured = capture_regions(recording, unproven, kind, _named(config, plan))

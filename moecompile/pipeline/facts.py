@@ -23,7 +23,7 @@ from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.own_router import own_losses
 from moecompile.nn.stages import put
 from moecompile.nn.watch import masks_of
-from moecompile.pipeline.attention import attention_of
+from moecompile.pipeline.attention import attention_of, scores_of
 from moecompile.pipeline.shape import mixers
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
 from moecompile.planner import ModelFacts
@@ -70,6 +70,7 @@ def facts_of(
         heads=heads_of(model),
         d_model=hidden,
         attention_numbers=_attention_numbers(model, config, len(layers), hidden),
+        scores=scores_of(model, example, splits),
         attention=attention,
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),

@@ -42,10 +42,8 @@ def exchanged_attention(
     attention = [_of_rank(fact, mesh, facts) for fact in facts.attention]
     for fact in attention:  # Step 2
         if fact.query_heads % mesh.cp:
-            heads = f"{fact.query_heads} heads" + f" on a rank ({mesh.setting(Part.WEIGHTS)})" * (
-                mesh.size(Part.WEIGHTS) > 1
-            )
-            rule = f"{fact.path} has {heads}, and must have equally many on each of the ranks"
+            of_rank = f" on a rank ({mesh.setting(Part.WEIGHTS)})" if mesh.axes(Part.WEIGHTS) else ""
+            rule = f"{fact.path} has {fact.query_heads} heads{of_rank}, and must have equally many on each of the ranks"
             fitting = gcd(*(each.query_heads for each in attention))
             largest = max(n for n in range(1, mesh.cp) if fitting % n == 0 and mesh.cp % n == 0)
             raise ConfigError("mesh.cp", mesh.cp, rule, f"Use mesh.cp={largest}")

@@ -36,6 +36,7 @@ vocabulary.
 5. Four moments of a micro-batch are compared; old: gradients of the last step, which are there until the first
    backward begins, held + shards without accumulation, else held:                                  -> `together`
        forward   old + kept + 2/3 loss + 2 T V [narrow]        logits, also as they were if not fp32; their log-softmax
+                 old + kept + forward                          attention's scores
        loss      held + kept + loss
        layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
        end       held + shards + root
@@ -68,6 +69,10 @@ A2. All layers. c numbers per token are kept for norms, residuals, the FFN's inp
        kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
        exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
    With checkpointing this is at most what it is without. -> `activations`
+   Attention that makes a matrix of scores for each head (`eager`) keeps more, and needs more for a while in forward and
+   backward, with p pairs of positions, T S: scores_kept p a layer, part of `layer`, and scores_made p, in place of
+   `backward` where it is more, and in the last layer's forward.                                 -> `scores_bytes`
+       forward     = scores_made p, and with checkpointing scores_kept p
    In a pipeline, `kept` is there for as many micro-batches as are in flight (plan/pipeline.py).
    With checkpointing=budget each layer has its own (budget.py):                                     -> `LayerBytes`
        all of it is computed again    kept = a T D + exchanged, again as above
@@ -186,6 +191,9 @@ def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
 
 def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> str:
     tokens, number = f"{run.tokens_per_rank:,} tokens", max(facts.num_layers, len(layers))
+    if (of := facts.scores.get(run.compute_bytes)) and (made.layers + made.forward) / 2 > max(made.kept, made.loss):
+        none = f"; model.attention={' or '.join(of.instead)} makes none" * bool(of.instead)
+        return f"attention makes scores of all pairs of {tokens} for each head{none}"
     if made.kept >= max(made.loss, made.layers):
         needed = "what backward needs"
         what = {"none": needed, BUDGET: needed, "full": "inputs", "keep_exchanges": "inputs and received rows"}
@@ -216,7 +224,7 @@ def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
     old, copies = _before_loss(grads, run)
     return round(
         max(
-            old + made.kept + made.loss * copies / LOGITS_COPIES,
+            old + made.kept + max(made.loss * copies / LOGITS_COPIES, made.forward),
             grads.held + made.kept + made.loss,
             grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
             grads.held + grads.shards + grads.root,
@@ -235,8 +243,8 @@ def most_kept(grads: Gradients, made: Activations, run: RunFacts, limit: float) 
     if together(grads, replace(made, kept=0.0), run) > limit:
         return -1.0
     old, copies = _before_loss(grads, run)
-    loss = old + made.loss * copies / LOGITS_COPIES, grads.held + made.loss
-    return limit - max(*loss, grads.held + grads.layer + made.layers)
+    forward = old + max(made.loss * copies / LOGITS_COPIES, made.forward)
+    return limit - max(forward, grads.held + made.loss, grads.held + grads.layer + made.layers)
 
 
 def model_state_bytes(
@@ -369,16 +377,17 @@ def _grads(
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes (A2). kept: from forward until a layer's backward. loss, layers: more than that, at the two moments."""
+    """Bytes (A2). kept: from forward until a layer's backward. loss, layers, forward: more than that, at a moment."""
 
     kept: float
     loss: float
     layers: float
+    forward: float = 0.0
 
     @property
     def peak(self) -> int:
-        """At the fuller one of the two moments."""
-        return round(self.kept + max(self.loss, self.layers))
+        """At the fullest one of the moments."""
+        return round(self.kept + max(self.loss, self.layers, self.forward))
 
 
 def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
@@ -396,28 +405,50 @@ def _of_layers(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, r
     moe = _of_each(layers, lambda layer: moe_bytes(layer, mesh, cut))
     attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
     residual = RESIDUAL_NUMBERS * d_model + attention
-    saved = [residual * number + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
+    scores = scores_bytes(mesh, facts, run)
+    saved = [residual * number + scores.kept + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
     backward = max(_of_each(layers, lambda layer: backward_bytes(layer, mesh, cut)), default=0)
-    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes))
+    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes), scores.made)
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    found = Activations(kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward)
+    found = Activations(
+        kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward, forward=scores.made
+    )
     if run.checkpointing == "none":
         return replace(found, kept=found.kept * run.in_flight)
+    forward = scores.kept + scores.made
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
         each = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
         at_once = max((of.again(what.parts) for _, what, of in each if what is not None), default=0.0)
         times = dict(run.in_flight_of)
         return replace(
-            found, kept=sum(times.get(path, 1) * of.kept(what) for path, what, of in each), layers=at_once + backward
-        )
+            found, kept=sum(times.get(path, 1) * of.kept(what) for path, what, of in each), layers=at_once + backward,
+            forward=forward,
+        )  # fmt: skip
     kept = 0.0
     if run.checkpointing == "keep_exchanges":
         kept = sum(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2))
     kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
-    again = replace(found, kept=kept, layers=max(saved, default=0) + backward)
+    again = replace(found, kept=kept, layers=max(saved, default=0) + backward, forward=forward)
     ways = [replace(way, kept=way.kept * run.in_flight) for way in (found, again)]
     return min(ways, key=lambda each: each.peak)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Bytes of the matrices of scores of one layer (A2)."""
+
+    kept: float = 0.0
+    made: float = 0.0
+
+
+def scores_bytes(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Scores:
+    """Of a micro-batch on a rank; with `cp` it has all pairs of positions for its part of the heads."""
+    if (fact := facts.scores.get(run.compute_bytes)) is None:
+        return Scores()
+    seq_len = run.tokens_per_rank * mesh.size(Part.SEQUENCE) // run.micro_batch_size
+    pairs = run.tokens_per_rank * seq_len / (mesh.size(Part.WEIGHTS) if fact.is_split else 1)
+    return Scores(fact.kept * pairs, fact.made * pairs)
 
 
 def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
@@ -478,7 +509,8 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
         if key not in known:
             known[key] = LayerBytes(
                 width=d_model * number,
-                attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number,
+                attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number
+                + scores_bytes(mesh, facts, run).kept,
                 ffn=sum(moe_bytes(layer, mesh, cut) for layer in inside) if inside else dense * number,
                 exchanged=sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in inside)
                 * run.compute_bytes * cut.tokens_per_rank,

@@ -48,7 +48,8 @@ class ModelFacts:
     where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). ffn_numbers:
-    what a dense FFN keeps (0: as the widest of the planned sites, of which a stage may have none). widened: what
+    what a dense FFN keeps (0: as the widest of the planned sites, of which a stage may have none). scores: bytes of a
+    number in compute -> what attention that makes matrices of scores needs; empty: it makes none. widened: what
     was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
     its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
     another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
@@ -75,6 +76,7 @@ class ModelFacts:
     d_model: int = 0
     attention_numbers: int = 0
     ffn_numbers: int = 0
+    scores: Mapping[int, ScoresFact] = field(default_factory=dict)
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""
@@ -175,6 +177,20 @@ class SplitFact:
     params: int
     site: str | None
     width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresFact:
+    """Bytes of matrices of scores, of all heads, for each pair of a query and a key position of one sequence.
+
+    kept: for backward, a mean over layers. made: beside that at most, at a time. is_split: whether the model's tp_plan
+    splits the heads. instead: implementations that the model has, too, and that make none.
+    """
+
+    kept: float
+    made: float
+    is_split: bool = False
+    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -285,6 +285,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 facts=replace(
                     without_tables(its, plan.lookups),
                     ffn_numbers=ffn_numbers(plan.layers),
+                    scores=facts.scores,
                     adapters=_adapters(plan, facts, stages),
                 ),
                 stages=stages,

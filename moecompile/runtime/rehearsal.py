@@ -20,7 +20,7 @@ import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +40,7 @@ from moecompile.ops.exchange import group_of
 from moecompile.ops.lookups import bytes_given
 from moecompile.ops.sizes import Load, under
 from moecompile.passes.base import on_an_axis
+from moecompile.passes.context_parallel import ON_A_GPU, attention_replaced, implementation_of
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.lookups import different
@@ -392,14 +393,26 @@ class Fake(Watch):
 
 
 @contextmanager
-def attention_of_a_gpu() -> Iterator[None]:
+def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
     """Attention as a GPU computes it. A torch function mode would be off in backward, where layers compute again."""
     before = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _attend
+    is_on_a_gpu = implementation_of(model) in ON_A_GPU
     try:
-        yield
+        with attention_replaced(model, _attend_instead, masks="sdpa") if is_on_a_gpu else nullcontext():
+            yield
     finally:
         F.scaled_dot_product_attention = before
+
+
+def _attend_instead(
+    inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """In place of those that do not run without a GPU; keys are repeated, as for `sdpa`."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    output = _attend(query, key, value, mask, is_causal=mask is None, scale=others.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _attend(
@@ -477,7 +490,7 @@ def rehearse(
     with ExitStack() as stack:
         stack.enter_context(variables_of(rank, mesh))
         if mesh.device != "cpu":
-            stack.enter_context(attention_of_a_gpu())
+            stack.enter_context(attention_of_a_gpu(model))
 
         def begin(device: torch.device) -> None:  # Step 2
             load.received = _received(model, load)

@@ -62,6 +62,7 @@ from moecompile.schema.enums import (
     LauncherKind,
     LoggerKind,
     MaskPadding,
+    ModelAttention,
     ModelDevice,
     ModelInit,
     ModelLoad,

@@ -40,6 +40,7 @@ from moecompile.schema.enums import (
     LauncherKind,
     LoggerKind,
     MaskPadding,
+    ModelAttention,
     ModelDevice,
     ModelInit,
     ModelLoad,
@@ -779,6 +780,10 @@ class ModelConfig:
     init: ModelInit = ModelInit.auto
     """Initial weights of `architecture`: the numbers that transformers draws (`replay`), or those of keys, by which a
     rank draws its own alone (`keyed`); `auto`: `replay` up to 4 billion numbers.
+    """
+    attention: ModelAttention = ModelAttention.auto
+    """transformers' implementation of attention. `auto`: the one that it takes, `sdpa` in most models; `eager`, which
+    gpt-oss has, keeps a matrix of scores for each head.
     """
 
 

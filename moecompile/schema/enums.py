@@ -58,6 +58,18 @@ class ModelDevice(str, Enum):
     meta = "meta"
 
 
+class ModelAttention(str, Enum):
+    """transformers' implementation of attention."""
+
+    auto = "auto"  # the one that transformers takes for the model
+    sdpa = "sdpa"
+    eager = "eager"  # a matrix of scores for each head
+    flex_attention = "flex_attention"
+    flash_attention_2 = "flash_attention_2"  # these need the package
+    flash_attention_3 = "flash_attention_3"
+    flash_attention_4 = "flash_attention_4"
+
+
 class ModelLoad(str, Enum):
     """How the ranks of a mesh load or build a model."""
 

@@ -39,6 +39,7 @@ from moecompile.schema.enums import (
     ExpertInit,
     ExportFormat,
     LauncherKind,
+    ModelAttention,
     ModelDevice,
     ModelInit,
     ModelLoad,
@@ -202,6 +203,17 @@ def check_model(config: Config) -> None:
         raise ConfigError(
             "model.init", model.init.value, f"is for models from a config, and model.{given[0]} gives the weights",
             "Leave it out, or use model.architecture",
+        )  # fmt: skip
+    if model.attention is not ModelAttention.auto and model.factory:
+        raise ConfigError(
+            "model.attention", model.attention.value, "is for models of transformers, and model.factory builds its own",
+            "Leave it out, and choose it there",
+        )  # fmt: skip
+    is_here = model.attention in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
+    if not is_here and config.mesh.device == "cpu" and config.task.name.is_launched:
+        raise ConfigError(
+            "model.attention", model.attention.value, "has no backward on a CPU (mesh.device=cpu)",
+            "Use model.attention=auto, or a mesh of GPUs",
         )  # fmt: skip
     if model.device is ModelDevice.meta:
         _check_meta(config, given[0])

@@ -73,6 +73,7 @@ SLOW = (
     ),
     Case(architecture="qwen3_moe", cp=2, ep=4, checkpointing="full"),
     Case(architecture="mixtral", cp=2, ep=4, checkpointing="keep_exchanges", rows="left"),
+    Case(architecture="gpt_oss", cp=2, ep=4, rows="right"),
     Case(architecture="mixtral", cp=2, tp=2, ep=4, rows="packed"),
     Case(
         architecture="deepseek_v3",
