@@ -135,7 +135,9 @@ def table(rows: Sequence[Ranked]) -> str:
 OWN_RESULTS, OWN_MARKDOWN = RESULTS.with_name("full_size.json"), MARKDOWN.with_name("full_size.md")
 # model, ranks -> its layout, and the stack of what is described
 FIVE: dict[str, tuple[tuple[str, ...], str]] = {
-    "gpt-oss-120b, 64 H100": (("model=gpt_oss_120b", "mesh=h100_2x8", "mesh.num_nodes=8"), "megatron_2026"),
+    "gpt-oss-120b, 64 H100": (
+        ("model=gpt_oss_120b", "model.attention=flex_attention", "mesh=h100_2x8", "mesh.num_nodes=8"), "megatron_2026",
+    ),
     "Qwen3-30B-A3B, 16 H100": (("model=qwen3_30b_a3b", "mesh=h100_2x8"), "megatron_2026"),
     "Mixtral 8x22B, 128 H100, ep 8": (
         ("model=mixtral_8x22b", "mesh=h100_2x8", "mesh.num_nodes=16", "mesh.ep=8"), "megatron_2026",

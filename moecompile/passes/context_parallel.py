@@ -101,11 +101,8 @@ def configs_of(model: nn.Module) -> Iterator[Any]:
     return (config for config in configs.values() if hasattr(config, "_attn_implementation"))
 
 
-def register_attention(name: str, function: Callable[..., Any], inner: str, masks: str | None = None) -> None:
-    """Registers `function(implementation, module, query, ...)` with transformers, with the masks of `inner`.
-
-    masks: the implementation whose masks it takes instead.
-    """
+def register_attention(name: str, function: Callable[..., Any], inner: str, *, has_masks: bool = True) -> None:
+    """Registers `function(implementation, module, query, ...)` with transformers, with the masks of `inner` or none."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -113,7 +110,11 @@ def register_attention(name: str, function: Callable[..., Any], inner: str, mask
         return function(_implementation(inner, module), module, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks or inner])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner] if has_masks else _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Attention knows that it is causal."""
 
 
 def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -125,11 +126,11 @@ def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def attention_replaced(model: nn.Module, function: Callable[..., Any], masks: str | None = None) -> Iterator[None]:
-    """Inside, the attention of every layer is `function(implementation, module, query, ...)`; masks: as there."""
+def attention_replaced(model: nn.Module, function: Callable[..., Any], *, has_masks: bool = True) -> Iterator[None]:
+    """Inside, the attention of every layer is `function(implementation, module, query, ...)`."""
     configs = list(configs_of(model))
     before = [config._attn_implementation for config in configs]
-    register_attention("moecompile_replaced", partial(function), before[0], masks)
+    register_attention("moecompile_replaced", partial(function), before[0], has_masks=has_masks)
     try:
         for config in configs:
             config._attn_implementation = "moecompile_replaced"

@@ -224,7 +224,7 @@ def scores_of(model: nn.Module, example: Example | None, splits: Sequence[SplitF
 
 
 def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
-    """What is kept, and the most at a time, for each pair of positions."""
+    """What is kept, and the most at a time, for each pair of positions; there may be more keys than positions."""
 
     def made(shape: torch.Size) -> Tensor:
         length = _LONG * shape[2] // call.query[2]
@@ -236,14 +236,21 @@ def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
         of_mask = dtype if call.mask.is_floating_point else call.mask
         mask = torch.empty(1, 1, query.shape[2], key.shape[2], dtype=of_mask, device="meta")
     module = without_values(call.module).to(dtype).requires_grad_()
-    others = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in call.others.items()}
+    others = {name: _long_bias(x, call, dtype) if isinstance(x, Tensor) else x for name, x in call.others.items()}
     others |= {name: module.get_parameter(own) for name, own in call.of_module.items()}
     with _LiveBytes() as live:
         output = call.inner(module, query, key, value, mask, **others)[0]
         kept = live.now
         output.backward(torch.empty_like(output))
-    pairs = query.shape[2] * key.shape[2]
-    return kept / pairs, live.most / pairs
+    return kept / query.shape[2] ** 2, live.most / query.shape[2] ** 2
+
+
+def _long_bias(x: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
+    """A tensor on the meta device; one of all pairs (a bias by distance) for long sequences."""
+    shape, pairs = list(x.shape), [call.query[2], call.key[2]]
+    if shape[-2:] == pairs:
+        shape[-2:] = [_LONG * length // call.query[2] for length in pairs]
+    return torch.empty(shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta")
 
 
 class _LiveBytes(TorchDispatchMode):

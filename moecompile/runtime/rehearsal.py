@@ -399,7 +399,7 @@ def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
     F.scaled_dot_product_attention = _attend
     is_on_a_gpu = implementation_of(model) in ON_A_GPU
     try:
-        with attention_replaced(model, _attend_instead, masks="sdpa") if is_on_a_gpu else nullcontext():
+        with attention_replaced(model, _attend_instead, has_masks=False) if is_on_a_gpu else nullcontext():
             yield
     finally:
         F.scaled_dot_product_attention = before
@@ -409,9 +409,9 @@ def _attend_instead(
     inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """In place of those that do not run without a GPU; keys are repeated, as for `sdpa`."""
+    """In place of those that do not run without a GPU, and have no masks of all pairs; keys are repeated."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    output = _attend(query, key, value, mask, is_causal=mask is None, scale=others.get("scaling"))
+    output = _attend(query, key, value, mask, is_causal=True, scale=others.get("scaling"))
     return output.transpose(1, 2).contiguous(), None
 
 

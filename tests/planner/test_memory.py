@@ -20,7 +20,7 @@ from moecompile.pipeline import compile_with_report, make_plan
 from moecompile.pipeline.facts import facts_of
 from moecompile.plan import on_one_process
 from moecompile.planner import RunFacts
-from moecompile.planner.memory import RESIDUAL_NUMBERS, backward_bytes, left_bytes, moe_bytes
+from moecompile.planner.memory import RESIDUAL_NUMBERS, backward_bytes, left_bytes, moe_bytes, scores_bytes
 from moecompile.schema import Config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import Gated
@@ -138,8 +138,10 @@ def _agrees(model: nn.Module, *, is_one_op: bool) -> None:
     plan, run = compiled.plan, RunFacts(tokens_per_rank=4 * 64)
     assert [layer.fused for layer in plan.layers] == [is_one_op] * 2
     backward = backward_bytes(plan.layers[0], plan.mesh, RunFacts(tokens_per_rank=4 * 64, accumulation=4))
-    attention = facts_of(model).attention_numbers
-    rest = 256 * 4 * 2 * (6 * 32 + attention) + max(256 * 4 * 3 * 61, backward)
+    facts = facts_of(model, example)
+    scores = scores_bytes(plan.mesh, facts, RunFacts(tokens_per_rank=4 * 64, micro_batch_size=4))  # gpt-oss's are eager
+    rest = 256 * 4 * 2 * (6 * 32 + facts.attention_numbers) + max(256 * 4 * 3 * 61, backward, scores.made)
+    rest += 2 * scores.kept
     assert plan.estimate is not None
     found = plan.estimate.memory_bytes_per_rank.activations
     assert found == pytest.approx(rest + 2 * moe_bytes(plan.layers[0], plan.mesh, run))
