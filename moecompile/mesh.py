@@ -151,17 +151,24 @@ class MeshSpec:
             raise ConfigError("mesh.pp", self.pp, rule, f"Use one of {fitting}")
 
     def _check_contiguous(self, axis: Axis) -> None:
-        """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly."""
+        """Checks that the groups of an axis that varies fastest divide the ranks, and the nodes evenly; of `cp`, with
+        the ranks of `tp` between its own.
+        """
         size, path = self.size(axis.name), f"mesh.{axis.name}"
-        fitting = divisors(self.ranks_per_stage)
-        if self.ranks_per_stage % size:
-            rule = f"must divide the world size ({self._shape})"
+        faster = dense_axes()[dense_axes().index(axis.name) + 1 :] if axis.dense else ()
+        inside = prod(getattr(self, name) for name in faster)
+        fitting = [n for n in divisors(self.ranks_per_stage) if not self.ranks_per_stage % (n * inside)]
+        times = "".join(f", times mesh.{name}={getattr(self, name)}," for name in faster if getattr(self, name) > 1)
+        if self.ranks_per_stage % (size * inside):
+            rule = f"must{times} divide the world size ({self._shape})"
             if self.pp > 1:
-                rule = f"must divide the {self.ranks_per_stage} ranks of a stage ({self._shape}, mesh.pp={self.pp})"
+                of_stage = f"{self.ranks_per_stage} ranks of a stage ({self._shape}, mesh.pp={self.pp})"
+                rule = f"must{times} divide the {of_stage}"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
-        if size % self.ranks_per_node and self.ranks_per_node % size:
-            fitting = [n for n in fitting if not (n % self.ranks_per_node and self.ranks_per_node % n)]
-            rule = f"{axis.group} must fill whole nodes or fit into one ({self._shape})"
+        fits = {n: not (n * inside % self.ranks_per_node and self.ranks_per_node % (n * inside)) for n in fitting}
+        if not fits[size]:
+            fitting = [n for n in fitting if fits[n]]
+            rule = f"{axis.group}{times} must fill whole nodes or fit into one ({self._shape})"
             raise ConfigError(path, size, rule, f"Use one of {fitting}")
 
     def _check_replicas(self, what: str, inside: Sequence[str]) -> None:

@@ -127,6 +127,40 @@ def test_tp_that_does_not_fit(tp: int, dp_replicate: int, message: str) -> None:
         MeshSpec(num_nodes=2, ranks_per_node=4, ep=2, tp=tp, dp_replicate=dp_replicate)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"ranks_per_node": 8, "tp": 8, "cp": 2},
+            "mesh.cp=2: must, times mesh.tp=8, divide the world size (1 node x 8 ranks = 8 ranks). Use one of [1].",
+        ),
+        (
+            {"ranks_per_node": 12, "tp": 4, "cp": 2},
+            "mesh.cp=2: must, times mesh.tp=4, divide the world size (1 node x 12 ranks = 12 ranks). Use one of [1, 3].",
+        ),
+        (
+            {"ranks_per_node": 8, "tp": 2, "cp": 4, "pp": 2},
+            "mesh.cp=4: must, times mesh.tp=2, divide the 4 ranks of a stage (1 node x 8 ranks = 8 ranks, mesh.pp=2). "
+            "Use one of [1, 2].",
+        ),
+        (
+            {"num_nodes": 2, "ranks_per_node": 6, "tp": 2, "cp": 2},
+            "mesh.cp=2: a CP group, times mesh.tp=2, must fill whole nodes or fit into one (2 nodes x 6 ranks = 12 ranks)."
+            " Use one of [1, 3, 6].",
+        ),
+    ],
+)  # fmt: skip
+def test_tp_and_cp_that_do_not_fit_together(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        MeshSpec(**sizes)
+
+
+def test_ranks_of_a_tp_group_are_inside_a_cp_group() -> None:
+    spec = MeshSpec(num_nodes=2, ranks_per_node=8, tp=2, cp=4, ep=4)
+    assert spec.group(Part.SEQUENCE, rank=9) == (9, 11, 13, 15) and spec.group(Part.TOKENS, rank=9) == (8, 9)
+    assert [spec.batch_index(rank) for rank in range(16)] == [0] * 8 + [1] * 8
+
+
 def test_ep_groups_and_nodes_are_contiguous_ranks() -> None:
     spec = mesh(2, 4, 4)
     assert [spec.ep_peers(rank) for rank in (0, 3, 4, 7)] == [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2

@@ -27,7 +27,7 @@ from moecompile.models.source import source_structure
 from moecompile.named_code import FACTORY, PLUGINS, Named, load_plugins
 from moecompile.pipeline import compile_with_report
 from moecompile.plan import Plan
-from moecompile.schema import Config, ExpertInit, ModelConfig, ModelDevice
+from moecompile.schema import Config, ExpertInit, ModelAttention, ModelConfig, ModelDevice
 
 PLAN, TOKENIZER = "plan.yaml", "tokenizer.json"
 
@@ -85,6 +85,8 @@ def load_run(run: Run, tables: Path | None = None) -> nn.Module:
     Raises:
         ConfigError, PlanError: config, plan and checkpoint do not belong together.
     """
+    here = replace(run.config.model, attention=ModelAttention.auto)  # that of the run may need its GPU
+    run = replace(run, config=replace(run.config, model=here))
     model = source_structure(run.config) if tables is None or not run.plan.lookups else _on_disk(run, tables)
     example = example_inputs(model, run.config.data.seq_len)
     model = compile_with_report(model, run.config, example=example, plan=run.plan, until="rewrite").model

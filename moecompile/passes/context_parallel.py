@@ -119,7 +119,8 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function that transformers would call in `module`; eager ones are written beside each model."""
-    of_model = sys.modules[type(module).__module__]
+    modules = (sys.modules[kind.__module__] for kind in type(module).__mro__)  # a class of its own has none
+    of_model: Any = next(each for each in modules if hasattr(each, "ALL_ATTENTION_FUNCTIONS"))
     eager = getattr(of_model, "eager_attention_forward", None)
     function: Callable[..., Any] = of_model.ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return function
@@ -143,11 +144,12 @@ def attention_replaced(model: nn.Module, function: Callable[..., Any], *, has_ma
 @contextmanager
 def eager_on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, attention that does not run on the meta device is eager there."""
-    configs = [config for config in configs_of(model) if config._attn_implementation in ON_A_GPU]
+    configs = list(configs_of(model))
     before = [config._attn_implementation for config in configs]
     try:
-        for config in configs if is_meta(model) else ():
-            config._attn_implementation = "eager"
+        for config, name in zip(configs, before, strict=True):
+            if name in ON_A_GPU and is_meta(model):
+                config._attn_implementation = "eager"
         yield
     finally:
         for config, name in zip(configs, before, strict=True):

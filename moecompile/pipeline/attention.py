@@ -191,36 +191,58 @@ class _Call:
         return type(self.module), shapes, *sorted(self.of_module.items())
 
 
-def scores_of(model: nn.Module, example: Example | None, splits: Sequence[SplitFact]) -> dict[int, ScoresFact]:
-    """`ModelFacts.scores`."""
+def scores_of(
+    model: nn.Module, example: Example | None, splits: Sequence[SplitFact] = ()
+) -> tuple[dict[int, ScoresFact], str]:
+    """`ModelFacts.scores` and `no_scores`."""
     if example is None or implementation_of(model) != _MAKES_SCORES:
-        return {}
-    calls, paths = dict[str, _Call](), {module: path for path, module in model.named_modules()}
+        return {}, ""
+    try:
+        return _scores_of(model, example, splits)
+    except Exception as error:  # code of the model that cannot do this: an estimate must not end a compilation
+        return {}, f"what eager attention needs for its scores ({type(error).__name__})"
+
+
+def _scores_of(model: nn.Module, example: Example, splits: Sequence[SplitFact]) -> tuple[dict[int, ScoresFact], str]:
+    calls, paths = list[_Call](), {module: path for path, module in model.named_modules()}
 
     def noted(
-        inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        **others: Any,
+        inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Tensor | None = None, **others: Any,
     ) -> Any:  # fmt: skip
         weights = dict(module.named_parameters(recurse=False))
         of_module = {name: own for name, x in others.items() for own, weight in weights.items() if weight is x}
         plain = {name: x for name, x in others.items() if name not in of_module}
-        kind = None if mask is None else mask.dtype
-        calls[paths[module]] = _Call(inner, module, query.shape, key.shape, value.shape, kind, plain, of_module)
-        return inner(module, query, key, value, mask, **others)
+        if "dropout" in plain:
+            plain["dropout"] = _dropout_of(module)  # here the model is in evaluation mode
+        kind = None if attention_mask is None else attention_mask.dtype
+        calls.append(_Call(inner, module, query.shape, key.shape, value.shape, kind, plain, of_module))
+        return inner(module, query, key, value, attention_mask, **others)
 
     _run(model, example, noted)
     if not calls:
-        return {}
-    is_split = any(s.style == "colwise" and s.path.startswith(f"{path}.") for s in splits for path in calls)
+        has_heads = getattr(getattr(model, "config", None), "num_attention_heads", None) is not None
+        return {}, "the scores of eager attention, which transformers' interface does not see" * has_heads
+    owners = {f"{paths[call.module]}." for call in calls}
+    is_split = any(split.style == "colwise" and split.path.startswith(tuple(owners)) for split in splits)
     instead = tuple(name for name, has in _INSTEAD.items() if getattr(model, has, False))
-    kinds = {call.kind: call for call in calls.values()}
+    kinds = {call.kind: call for call in calls}
     found: dict[int, ScoresFact] = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         of_kind = {kind: _bytes_of_pairs(call, dtype) for kind, call in kinds.items()}
-        kept = sum(of_kind[call.kind][0] for call in calls.values()) / max(len(calls), len(list(layers_of(model))))
-        most = max(most for _, most in of_kind.values())
-        found[dtype.itemsize] = ScoresFact(kept=kept, made=most - kept, is_split=is_split, instead=instead)
-    return found
+        kept = sum(of_kind[call.kind][0] for call in calls) / max(1, len(list(layers_of(model))))
+        made = max(most for _, most in of_kind.values()) - kept
+        found[dtype.itemsize] = ScoresFact(kept=kept, made=max(0.0, made), is_split=is_split, instead=instead)
+    return found, ""
+
+
+def _dropout_of(module: nn.Module) -> float:
+    """The rate of an attention in training."""
+    for name in ("attention_dropout", "dropout", "dropout_prob"):
+        rate = getattr(module, name, None)
+        if isinstance(rate := getattr(rate, "p", rate), (int, float)):
+            return float(rate)
+    return 0.0
 
 
 def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
@@ -235,7 +257,9 @@ def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
     if call.mask is not None:
         of_mask = dtype if call.mask.is_floating_point else call.mask
         mask = torch.empty(1, 1, query.shape[2], key.shape[2], dtype=of_mask, device="meta")
-    module = without_values(call.module).to(dtype).requires_grad_()
+    module = without_values(call.module).to(dtype).train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     others = {name: _long_bias(x, call, dtype) if isinstance(x, Tensor) else x for name, x in call.others.items()}
     others |= {name: module.get_parameter(own) for name, own in call.of_module.items()}
     with _LiveBytes() as live:
@@ -246,10 +270,9 @@ def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _long_bias(x: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
-    """A tensor on the meta device; one of all pairs (a bias by distance) for long sequences."""
-    shape, pairs = list(x.shape), [call.query[2], call.key[2]]
-    if shape[-2:] == pairs:
-        shape[-2:] = [_LONG * length // call.query[2] for length in pairs]
+    """A tensor on the meta device, with long sequences in the place of the example's (a bias by distance)."""
+    lengths = (call.query[2], call.key[2])
+    shape = [_LONG * size // call.query[2] if size in lengths else size for size in x.shape]
     return torch.empty(shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta")
 
 

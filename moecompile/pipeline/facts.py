@@ -51,6 +51,7 @@ def facts_of(
     apart, frozen, apart_bytes = _apart(model)
     splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
+    scores, no_scores = scores_of(model, example, splits)
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
@@ -70,7 +71,8 @@ def facts_of(
         heads=heads_of(model),
         d_model=hidden,
         attention_numbers=_attention_numbers(model, config, len(layers), hidden),
-        scores=scores_of(model, example, splits),
+        scores=scores,
+        no_scores=no_scores,
         attention=attention,
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),

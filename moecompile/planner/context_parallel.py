@@ -21,7 +21,7 @@ from dataclasses import replace
 from math import gcd
 
 from moecompile.errors import ConfigError
-from moecompile.mesh import MeshSpec, Part
+from moecompile.mesh import LinkClass, MeshSpec, Part
 from moecompile.plan import ExchangedAttention, LayerPlan, Traffic
 from moecompile.planner.params import AttentionFact, ModelFacts, RunFacts
 from moecompile.schema import Config
@@ -103,7 +103,8 @@ def cp_traffic(exchanged: Sequence[ExchangedAttention], mesh: MeshSpec, run: Run
     """Bytes per token that leave a rank over cp in the forward of the whole model."""
     sent = sum(each.numbers for each in exchanged) * run.compute_bytes * (mesh.cp - 1) / mesh.cp
     peers = mesh.cp - 1
-    near = min(mesh.cp, mesh.ranks_per_node) - 1  # CP groups fill whole nodes or fit into one
+    group = mesh.group(Part.SEQUENCE, rank=0)
+    near = sum(mesh.link(0, rank) is LinkClass.INTRA_NODE for rank in group)  # of all ranks alike
     return Traffic(
         intra_node=sent * near / peers if peers else 0.0, inter_node=sent * (peers - near) / peers if peers else 0.0
     )

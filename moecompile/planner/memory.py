@@ -163,9 +163,9 @@ def largest_in_words(
         "weights": "not sharded" if is_one else f"this rank's shards, and {whole}",
         "grads": _grads_in_words(mesh, facts, run),
         "optimizer": _optimizer_in_words(facts, run),
-        "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, facts, run),
+        "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, mesh, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
-    }[memory.largest]
+    }[memory.largest] + (f". Not counted: {facts.no_scores}" if facts.no_scores else "")
 
 
 def _dtype(bytes_: int) -> str:
@@ -189,10 +189,14 @@ def _grads_in_words(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> str:
     return f"{'fp32' if is_wide else 'bf16'}, not sharded{'' if is_one else f', {over}'}"
 
 
-def _activations_in_words(made: Activations, layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> str:
+def _activations_in_words(
+    made: Activations, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+) -> str:
     tokens, number = f"{run.tokens_per_rank:,} tokens", max(facts.num_layers, len(layers))
     if (of := facts.scores.get(run.compute_bytes)) and (made.layers + made.forward) / 2 > max(made.kept, made.loss):
-        none = f"; model.attention={' or '.join(of.instead)} makes none" * bool(of.instead)
+        anywhere = mesh.device != "cpu" and not mesh.axes(Part.SEQUENCE)
+        instead = [name for name in of.instead if anywhere or name == "sdpa"]
+        none = f"; model.attention={' or '.join(instead)} makes none" * bool(instead)
         return f"attention makes scores of all pairs of {tokens} for each head{none}"
     if made.kept >= max(made.loss, made.layers):
         needed = "what backward needs"

@@ -49,14 +49,14 @@ class ModelFacts:
     residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
     backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). ffn_numbers:
     what a dense FFN keeps (0: as the widest of the planned sites, of which a stage may have none). scores: bytes of a
-    number in compute -> what attention that makes matrices of scores needs; empty: it makes none. widened: what
-    was done to make it of a model with fewer experts, empty for other models. own_losses: coefficients of the losses of
-    its own routers, by their names in the model's config. apart, apart_frozen: trained and frozen parameters of
-    another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them.
-    weights: all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown.
-    layers: what backward can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages,
-    where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing
-    else here counts, once they are planned.
+    number in compute -> what attention that makes matrices of scores needs; empty: it makes none, or no_scores says
+    what is not known. widened: what was done to make it of a model with fewer experts, empty for other models.
+    own_losses: coefficients of the losses of its own routers, by their names in the model's config. apart,
+    apart_frozen: trained and frozen parameters of another dtype than most of these, which FSDP leaves whole on every
+    rank; apart_bytes: per element of them. weights: all others, added up by their dim 0, along which FSDP cuts them;
+    empty if they are unknown. layers: what backward can compute again of each layer; empty for a bare graph. cut: how
+    it can be cut into stages, where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread
+    over ranks, which nothing else here counts, once they are planned.
     """
 
     params_total: int
@@ -77,6 +77,7 @@ class ModelFacts:
     attention_numbers: int = 0
     ffn_numbers: int = 0
     scores: Mapping[int, ScoresFact] = field(default_factory=dict)
+    no_scores: str = ""
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""

@@ -286,6 +286,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                     without_tables(its, plan.lookups),
                     ffn_numbers=ffn_numbers(plan.layers),
                     scores=facts.scores,
+                    no_scores=facts.no_scores,
                     adapters=_adapters(plan, facts, stages),
                 ),
                 stages=stages,

@@ -406,12 +406,12 @@ def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
 
 
 def _attend_instead(
-    inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    **others: Any,
+    inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """In place of those that do not run without a GPU, and have no masks of all pairs; keys are repeated."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    output = _attend(query, key, value, mask, is_causal=True, scale=others.get("scaling"))
+    output = _attend(query, key, value, attention_mask, is_causal=True, scale=others.get("scaling"))
     return output.transpose(1, 2).contiguous(), None
 
 

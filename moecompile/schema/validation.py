@@ -210,7 +210,7 @@ def check_model(config: Config) -> None:
             "Leave it out, and choose it there",
         )  # fmt: skip
     is_here = model.attention in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
-    if not is_here and config.mesh.device == "cpu" and config.task.name.is_launched:
+    if not is_here and config.mesh.device == "cpu" and config.task.name in (TaskName.train, TaskName.bench):
         raise ConfigError(
             "model.attention", model.attention.value, "has no backward on a CPU (mesh.device=cpu)",
             "Use model.attention=auto, or a mesh of GPUs",

@@ -24,6 +24,7 @@ from moecompile.schema import (
     Config,
     DataKind,
     ExpertInit,
+    ModelAttention,
     TaskName,
     TokenizerSource,
     TrainerConfig,
@@ -159,10 +160,19 @@ def _folder_error(folder: Path, rule: str, fix: str) -> ConfigError:
 
 
 def _check_gpus(config: Config) -> None:
-    if config.mesh.device != "cuda":
+    attention = config.model.attention
+    is_on_a_gpu = attention not in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
+    if config.mesh.device != "cuda" and not is_on_a_gpu:
         return
     import torch
 
+    if config.mesh.device != "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "model.attention", attention.value, "has no backward on a CPU, and no GPU is found here",
+                "Use model.attention=auto",
+            )  # fmt: skip
+        return
     if not torch.cuda.is_available():
         raise ConfigError(
             "mesh.device", "cuda", f"torch {torch.__version__} finds no GPU here",

@@ -100,6 +100,9 @@ def test_bytes_over_cp_by_hand() -> None:
     assert cp_traffic([KEYS], FOUR, run).intra_node == per_token
     two_nodes = cp_traffic([KEYS], replace(FOUR, num_nodes=2, ranks_per_node=2), run)
     assert (two_nodes.intra_node, two_nodes.inter_node) == (per_token / 3, per_token * 2 / 3)
+    with_tp = MeshSpec(num_nodes=2, ranks_per_node=8, ep=4, cp=4, tp=4)  # a CP group is every fourth rank
+    apart = cp_traffic([KEYS], with_tp, run)
+    assert (apart.intra_node, apart.inter_node) == (per_token / 3, per_token * 2 / 3)
 
 
 def test_a_plan_says_what_is_exchanged_and_survives_yaml() -> None:

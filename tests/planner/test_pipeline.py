@@ -227,6 +227,19 @@ def test_a_search_says_why_it_keeps_one_stage(overrides: list[str], recipe: str,
     assert not any("mesh.pp" in each.settings for each in found)
 
 
+def test_stages_are_searched_with_tp_where_it_is_given_and_with_cp() -> None:
+    def sizes(*overrides: str) -> set[tuple[int, int]]:
+        batch = "data.global_batch_size=64"
+        axes, found = searched("mesh=h100_8", batch, *overrides, "search.axes=[tp,pp,ep]", recipe="mixtral_ep")
+        assert "pp" not in axes.kept and not any(each.seconds <= 0 for each in found)
+        tp = axes.sharing["tp"]
+        return {(int(e.settings.get("mesh.tp", tp[0])), int(e.settings.get("mesh.pp", 1))) for e in found}
+
+    assert sizes() == {(1, 1), (2, 1), (4, 1), (1, 2), (1, 4)}
+    assert sizes("mesh.tp=2") == {(2, 1), (2, 2), (2, 4)}
+    assert sizes("mesh.cp=2") == {(1, 1), (2, 1), (1, 2), (1, 4)}  # ranks of cp and tp are at most those of a stage
+
+
 def test_the_size_of_a_given_pipeline_is_kept() -> None:
     axes, found = searched(*TWO, "search.axes=[ep,stages]")
     assert axes.kept["pp"] == "search.axes does not name it"

@@ -31,7 +31,7 @@ The process itself (CUDA context, workspaces, fragmentation) is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
@@ -51,8 +51,8 @@ _LOGIT_BYTES = BF16 + 2 * FP32
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The searched sizes. kinds: of dispatch. recompute: name -> what is recomputed. batch: sequences of a
-    step. vpp: virtual stages; empty: those that fit. ran, ran_cp, ran_pp: tensor, context and pipeline parallel sizes
-    of layouts that run, which are searched elsewhere; with stages, without the other two.
+    step. vpp: virtual stages; empty: those that fit. ran: tensor and pipeline parallel sizes of layouts that run, which
+    are searched elsewhere, with ran_cp, the context parallel one.
     """
 
     ep: Sequence[int]
@@ -64,10 +64,9 @@ class Space:
     kinds: Sequence[str]
     recompute: dict[str, tuple[str, ...]]
     batch: int
-    ran: Sequence[int] = ()
+    ran: Collection[tuple[int, int]] = ()
     ran_cp: int = 1
     vpp: Sequence[int] = ()
-    ran_pp: Sequence[int] = (1,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
     given, count = inputs.layout, max(1, len(space.recompute))
     for tp, pp, cp, ep in product(space.tp, space.pp, space.cp, space.ep):
         for etp, zero, micro_batch in product(sorted({1, tp}), space.zero, space.micro_batch):
-            runs = tp in space.ran and cp == space.ran_cp and (pp == 1 or pp in space.ran_pp)
+            runs = (tp, pp) in space.ran and cp == space.ran_cp
             if runs and etp == 1 and zero == 3 and inputs.software.schedule != "dualpipe":
                 continue
             sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "zero": zero, "micro_batch": micro_batch}

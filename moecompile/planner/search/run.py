@@ -609,13 +609,13 @@ def _space(search: Search, plan: Plan, inputs: Inputs) -> Space:
     recompute = {"": inputs.software.recompute}
     if "checkpointing" not in axes.kept:
         recompute = {name: words for name, words in REPEATED.items() if name != BUDGET}
+    split = [tp for tp in axes.sharing["tp"] if _splits(search, tp)]
     return replace(
         space, ep=[ep for ep in axes.ep if _on_nodes(plan.mesh, ep, tp)], kinds=kinds, recompute=recompute,
         micro_batch=[n for n in axes.micro_batch if n <= 8 or len(axes.micro_batch) == 1],
-        ran=[tp for tp in axes.sharing["tp"] if _splits(search, tp)],
+        ran={(size["tp"], size["pp"]) for size, _ in axes.meshes() if size["tp"] in split},
         tp=[tp] if "tp" in said else space.tp, cp=[mesh.cp] if "cp" in said else space.cp, ran_cp=mesh.cp,
         pp=[mesh.pp] if "pp" in said else space.pp, vpp=_numbers(axes) if "pp" in said else (),
-        ran_pp=axes.sharing["pp"],
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ INPUTS = Inputs(
 SIZES = ("tp", "pp", "cp", "ep", "etp", "zero", "micro_batch", "vpp")
 SPACE = Space(
     ep=(1, 2, 3, 4), tp=(1, 2, 8), pp=(1, 2, 4, 8), cp=(1, 4, 64), micro_batch=(1, 8), zero=(1, 3), kinds=("flat", "dedup"),
-    recompute={"": ()}, batch=32, ran=(1,),
+    recompute={"": ()}, batch=32, ran=((1, 1),),
 )  # fmt: skip
 
 
