@@ -34,8 +34,7 @@ from moecompile.schema import ModelAttention
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' implementations of attention that take any heads and whole masks."""
-ON_A_GPU = tuple(each.value for each in ModelAttention if each.value not in ("auto", *IMPLEMENTATIONS))
-"""Those that neither train on a CPU nor run on the meta device."""
+ON_A_GPU = tuple(each.value for each in ModelAttention if each.is_on_a_gpu)
 _PREFIX = "moecompile_cp_"
 
 

@@ -69,6 +69,11 @@ class ModelAttention(str, Enum):
     flash_attention_3 = "flash_attention_3"
     flash_attention_4 = "flash_attention_4"
 
+    @property
+    def is_on_a_gpu(self) -> bool:
+        """Whether it neither trains on a CPU nor runs on the meta device."""
+        return self not in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
+
 
 class ModelLoad(str, Enum):
     """How the ranks of a mesh load or build a model."""

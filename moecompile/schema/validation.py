@@ -209,8 +209,8 @@ def check_model(config: Config) -> None:
             "model.attention", model.attention.value, "is for models of transformers, and model.factory builds its own",
             "Leave it out, and choose it there",
         )  # fmt: skip
-    is_here = model.attention in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
-    if not is_here and config.mesh.device == "cpu" and config.task.name in (TaskName.train, TaskName.bench):
+    is_trained = config.task.name in (TaskName.train, TaskName.bench)
+    if model.attention.is_on_a_gpu and config.mesh.device == "cpu" and is_trained:
         raise ConfigError(
             "model.attention", model.attention.value, "has no backward on a CPU (mesh.device=cpu)",
             "Use model.attention=auto, or a mesh of GPUs",

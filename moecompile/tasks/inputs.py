@@ -24,7 +24,6 @@ from moecompile.schema import (
     Config,
     DataKind,
     ExpertInit,
-    ModelAttention,
     TaskName,
     TokenizerSource,
     TrainerConfig,
@@ -161,8 +160,7 @@ def _folder_error(folder: Path, rule: str, fix: str) -> ConfigError:
 
 def _check_gpus(config: Config) -> None:
     attention = config.model.attention
-    is_on_a_gpu = attention not in (ModelAttention.auto, ModelAttention.sdpa, ModelAttention.eager)
-    if config.mesh.device != "cuda" and not is_on_a_gpu:
+    if config.mesh.device != "cuda" and not attention.is_on_a_gpu:
         return
     import torch
 

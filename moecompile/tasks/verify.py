@@ -120,7 +120,7 @@ def _shrink_mesh(work: _Shrinking) -> None:
 def _shrink_model(work: _Shrinking) -> None:
     config = work.config
     model = config.model
-    if model.attention not in (ModelAttention.sdpa, ModelAttention.eager):
+    if model.attention.is_on_a_gpu:
         work.limit(model, "model", "attention", ModelAttention.auto, "verification runs on CPUs")
     widths = [model.config.get(name, 0) for name in ("hidden_size", "d_model")]
     if model.architecture is None or (model.device is ModelDevice.cpu and max(widths) <= _NARROW):
