@@ -170,8 +170,9 @@ def _before(results: Results, size: str, domain: str, arm: str) -> float | None:
 
 
 def cells(results: Results) -> list[tuple[str, str]]:
-    """(size, domain) of which there is anything."""
-    return [(s, d) for s in SIZES for d in DOMAINS if any(u.size == s and u.domain == d for u in results)]
+    """(size, domain) of which there is an arm."""
+    there = {(unit.size, unit.domain) for unit in results if unit.seed is not None}
+    return [(size, domain) for size in SIZES for domain in DOMAINS if (size, domain) in there]
 
 
 # -- tables: one a question -----------------------------------------------------------------------------------------
