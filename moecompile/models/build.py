@@ -24,6 +24,7 @@ from moecompile.models.recorded import NotRecorded
 from moecompile.named_code import FACTORY, imported
 from moecompile.schema import ModelAttention, ModelConfig, ModelDevice, ModelInit
 
+_OF_ATTENTION = re.compile(r"attention implementation|flash ?attention|flex attention", re.IGNORECASE)
 # Before the rewrite, transformers' plain loop computes existing experts: it supports every precision.
 _EXPERTS = "eager"
 LONGEST_EXAMPLE = 512
@@ -214,7 +215,7 @@ def _attention_checked(model: ModelConfig) -> Iterator[None]:
         yield
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        if model.attention is ModelAttention.auto or "attention" not in reason.lower():
+        if model.attention is ModelAttention.auto or not _OF_ATTENTION.search(reason):
             raise
         rule = f"transformers refuses it: {reason}"
         raise ConfigError("model.attention", model.attention.value, rule, "Use model.attention=auto") from error

@@ -17,7 +17,7 @@ from moecompile.capture import layers_of
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
-from moecompile.models.build import build_model, example_inputs
+from moecompile.models.build import _attention_checked, build_model, example_inputs
 from moecompile.models.source import source_model
 from moecompile.passes.context_parallel import configs_of, eager_on_meta, implementation_of
 from moecompile.pipeline.attention import scores_of
@@ -234,11 +234,18 @@ def test_attention_of_a_gpu_is_planned_and_rehearsed_without_one(tmp_path: Path)
     assert eager.seen > 4 * flex.seen
 
 
+def test_another_mistake_is_not_blamed_on_it() -> None:
+    asked = compose_config(["model.attention=eager"]).model
+    with pytest.raises(ValueError, match="heads"), _attention_checked(asked):
+        raise ValueError("num_attention_heads must divide hidden_size")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=gpt_oss_20b", "model.attention=sdpa"], "model.attention=sdpa: transformers refuses it: GptOssForCausalLM does"),
         (["model.attention=flash_attention_2"], "model.attention=flash_attention_2: transformers refuses it: FlashAttention2"),
+        (["model=deepseek_v4_flash", "model.attention=flex_attention"], "model.attention=flex_attention: transformers refuses"),
     ],
 )  # fmt: skip
 def test_what_transformers_refuses_is_said(overrides: list[str], message: str) -> None:

@@ -75,7 +75,7 @@ class Axes:
     def meshes(self) -> Iterator[tuple[dict[str, int], Stages]]:
         """Sizes of the axes of the mesh that change the plan of a layer, and one of `stages`.
 
-        Stages with tp are searched where one of them is given: they take twice as long, and were never the fastest.
+        Stages with tp are searched where one of them is given: they are four times as many (understand/pipeline.md).
         """
         for *sizes, ep in product(*self.sharing.values(), self.ep):
             found = {"ep": ep, **dict(zip(self.sharing, sizes, strict=True))}
