@@ -18,7 +18,7 @@ whole micro-batches keeps an order valid. So does dualpipev's of fewer than 2 P.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -150,8 +150,7 @@ class Pipeline:
 
         Together: all of its stages count, each with its own layers, at the same moment.
         """
-        more = max(0, micro_batches // self.ranks - _STEADY) * self.ranks  # later ones are as many: one comes, one goes
-        return _in_flight(self.schedule, index, self.ranks, self.per_rank, micro_batches - more)
+        return _in_flight(self.schedule, index, self.ranks, self.per_rank, steady(self.ranks, micro_batches))
 
     def waits(self, micro_batches: int, backward: float) -> float:
         """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
@@ -329,6 +328,11 @@ def _paired(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> flo
 _STEADY = 4  # times the ranks; by then the first backwards have begun, and the last ones are not near
 
 
+def steady(ranks: int, micro_batches: int) -> int:
+    """So few micro-batches that a step with all of them only repeats what one with these does: one comes, one goes."""
+    return micro_batches - max(0, micro_batches // ranks - _STEADY) * ranks
+
+
 @cache  # a search asks for each layout
 def _in_flight(schedule: str, index: int, ranks: int, per_rank: int, micro_batches: int) -> tuple[int, ...]:
     now = dict.fromkeys(_stages_of(schedule, index, ranks, per_rank), 0)
@@ -352,17 +356,21 @@ def simulated(pipeline: Pipeline, micro_batches: int) -> list[tuple[int, Action]
     last, done, run = len(pipeline.stages) - 1, set[Action](), list[tuple[int, Action]]()
     at_once = pipeline.overlap != NONE  # what both of a pair need is received before
     pending = [deque(own if at_once else [(action,) for action in chain.from_iterable(own)]) for own in groups]
-    while any(pending):
-        ready = [
-            index for index, left in enumerate(pending) if left and all(_can_run(each, last, done) for each in left[0])
-        ]
-        if not ready:
-            rule = f"ranks would wait for each other after {len(run)} of {sum(map(len, chain(*groups)))} steps"
-            raise PlanError("pipeline.schedule", pipeline.schedule, rule, "Use 1f1b")
-        for index in ready:
-            actions = pending[index].popleft()
-            done.update(actions)
-            run += [(index, action) for action in actions]
+    ready, waiting = deque(range(pipeline.ranks)), dict[Action, list[int]]()  # each action -> ranks that wait for it
+    while ready:
+        index = ready.popleft()
+        while own := pending[index]:
+            needs = chain.from_iterable(_needs(action, last) for action in own[0])
+            if (missing := next((need for need in needs if need not in done), None)) is not None:
+                waiting.setdefault(missing, []).append(index)
+                break
+            for action in own.popleft():
+                done.add(action)
+                run.append((index, action))
+                ready.extend(waiting.pop(action, ()))
+    if any(pending):
+        rule = f"ranks would wait for each other after {len(run)} of {sum(map(len, chain(*groups)))} steps"
+        raise PlanError("pipeline.schedule", pipeline.schedule, rule, "Use 1f1b")
     wanted = 2 * len(pipeline.stages) * micro_batches
     if len(done) != wanted or len(run) != wanted:
         rule = f"has {len(run)} forwards and backwards, {wanted} are needed"
@@ -381,10 +389,6 @@ def waits_of(schedule: str, ranks: int, per_rank: int, micro_batches: int, backw
         ends[action] = free[index] = start + (1.0 if action.is_forward else backward)
     whole = per_rank * (1.0 + backward)
     return max(free) / whole - micro_batches
-
-
-def _can_run(action: Action, last: int, done: Container[Action]) -> bool:
-    return all(need in done for need in _needs(action, last))
 
 
 def _needs(action: Action, last: int) -> list[Action]:

@@ -95,9 +95,9 @@ def _loan_rows(config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int)
 
 def lending(layers: Sequence[LayerPlan], run: RunFacts) -> Lending | None:
     """What it costs at most."""
+    if not any(layer.dispatch.slots for layer in layers):
+        return None
     experts = [ffn_params(layer.row_site, layer.experts.d_expert) * run.compute_bytes for layer in layers]
     slots = [layer.dispatch.slots * size for layer, size in zip(layers, experts, strict=True)]
-    if not any(slots):
-        return None
     kept = max(slots) if run.checkpointing == "full" else sum(slots)
     return Lending(expert_bytes=max(experts), bytes_received=max(slots), slot_bytes=kept + max(slots))

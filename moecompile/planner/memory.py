@@ -290,9 +290,32 @@ def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
     return replace(grads, held=grads.held + held, shards=grads.shards + bytes_)
 
 
-def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> int:
+class Known:
+    """Bytes of MoE layers of a micro-batch, computed once for those that are alike (`LayerPlan.alike`).
+
+    Of one mesh, and of runs that differ alone in what is computed again and in what a pipeline keeps.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple[_OfLayer, Hashable], float] = {}
+
+    def of_each(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> list[float]:
+        """Of each of these layers."""
+        found: list[float] = []
+        for layer in layers:
+            key = of, layer.alike
+            if (value := self._bytes.get(key)) is None:
+                value = self._bytes[key] = of(layer, mesh, run)
+            found.append(value)
+        return found
+
+
+_OfLayer = Callable[[LayerPlan, MeshSpec, RunFacts], float]
+
+
+def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts, known: Known | None = None) -> int:
     """Bytes of buffers of an exchange (step 4)."""
-    rows = max(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2), default=0)
+    rows = max((known or Known()).of_each(_exchanged_rows, layers, mesh, run), default=0)
     lent = lending(layers, run)
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
@@ -394,48 +417,48 @@ class Activations:
         return round(self.kept + max(self.loss, self.layers, self.forward))
 
 
-def activations(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
+def activations(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, known: Known | None = None
+) -> Activations:  # fmt: skip
     """Step A2, with what lookups in spread tables keep."""
-    made = _of_layers(layers, mesh, facts, run)
+    made = _of_layers(layers, mesh, facts, run, known or Known())
     return replace(made, kept=made.kept + kept_bytes(facts, run)) if facts.spread else made
 
 
-def _of_layers(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Activations:
+def _of_layers(
+    layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, known: Known
+) -> Activations:  # fmt: skip
     num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
     # Existing experts in a latent width have it as their d_model.
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
     dense = facts.ffn_numbers or ffn_numbers(layers)
-    cut = replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
-    moe = _of_each(layers, lambda layer: moe_bytes(layer, mesh, cut))
+    moe = known.of_each(moe_bytes, layers, mesh, run)
     attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
     residual = RESIDUAL_NUMBERS * d_model + attention
     scores = scores_bytes(mesh, facts, run)
     saved = [residual * number + scores.kept + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
-    backward = max(_of_each(layers, lambda layer: backward_bytes(layer, mesh, cut)), default=0)
+    backward = max(known.of_each(backward_bytes, layers, mesh, run), default=0)
     backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes), scores.made)
     wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    found = Activations(
-        kept=sum(saved), loss=LOGITS_COPIES * facts.vocab_size * wide, layers=backward, forward=scores.made
-    )
+    loss = LOGITS_COPIES * facts.vocab_size * wide
+    found = Activations(kept=sum(saved) * run.in_flight, loss=loss, layers=backward, forward=scores.made)
     if run.checkpointing == "none":
-        return replace(found, kept=found.kept * run.in_flight)
+        return found
     forward = scores.kept + scores.made
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
         each = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
         at_once = max((of.again(what.parts) for _, what, of in each if what is not None), default=0.0)
         times = dict(run.in_flight_of)
-        return replace(
-            found, kept=sum(times.get(path, 1) * of.kept(what) for path, what, of in each), layers=at_once + backward,
-            forward=forward,
-        )  # fmt: skip
+        kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in each)
+        return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=forward)
     kept = 0.0
     if run.checkpointing == "keep_exchanges":
-        kept = sum(_of_each(layers, lambda layer: exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2))
-    kept = num_layers * d_model * number + kept * run.compute_bytes * cut.tokens_per_rank
-    again = replace(found, kept=kept, layers=max(saved, default=0) + backward, forward=forward)
-    ways = [replace(way, kept=way.kept * run.in_flight) for way in (found, again)]
-    return min(ways, key=lambda each: each.peak)
+        kept = sum(known.of_each(_exchanged_rows, layers, mesh, run))
+    kept = num_layers * d_model * number + kept * run.compute_bytes * tokens_of_a_rank(mesh, run)
+    layer = max(saved, default=0) + backward
+    again = Activations(kept=kept * run.in_flight, loss=loss, layers=layer, forward=forward)
+    return min(found, again, key=lambda each: each.peak)
 
 
 @dataclass(frozen=True)
@@ -458,13 +481,6 @@ def scores_bytes(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Scores:
 def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
     """What the widest site keeps as a dense FFN, per token (A1)."""
     return max((2 * layer.site.num_in_projections * layer.site.d_ff for layer in layers), default=0)
-
-
-def _of_each(layers: Sequence[LayerPlan], of: Callable[[LayerPlan], float]) -> list[float]:
-    """The value of each layer, computed once for those that differ in their name alone."""
-    keys = [layer.alike for layer in layers]
-    values = {key: of(layer) for key, layer in dict(zip(keys, layers, strict=True)).items()}
-    return [values[key] for key in keys]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +515,7 @@ class LayerBytes:
 
 def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:
     """Path of each layer of the model -> what it can keep."""
-    number, cut = run.compute_bytes * run.tokens_per_rank, replace(run, tokens_per_rank=tokens_of_a_rank(mesh, run))
+    number = run.compute_bytes * run.tokens_per_rank
     d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
     dense = facts.ffn_numbers or ffn_numbers(layers)
     inside_of: dict[str, list[LayerPlan]] = {fact.path: [] for fact in facts.layers}
@@ -515,9 +531,9 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
                 width=d_model * number,
                 attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number
                 + scores_bytes(mesh, facts, run).kept,
-                ffn=sum(moe_bytes(layer, mesh, cut) for layer in inside) if inside else dense * number,
-                exchanged=sum(exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2 for layer in inside)
-                * run.compute_bytes * cut.tokens_per_rank,
+                ffn=sum(moe_bytes(layer, mesh, run) for layer in inside) if inside else dense * number,
+                exchanged=sum(_exchanged_rows(layer, mesh, run) for layer in inside)
+                * run.compute_bytes * tokens_of_a_rank(mesh, run),
             )  # fmt: skip
         found[fact.path] = known[key]
     return found
@@ -545,8 +561,9 @@ def tokens_of_a_rank(mesh: MeshSpec, run: RunFacts) -> int:
 
 def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     """Step A1, for an MoE layer."""
-    site, experts, top_k, tokens = layer.row_site, layer.experts, rows_per_token(layer, run), run.tokens_per_rank
-    hidden, latent = 2 * site.num_in_projections, _latent_bytes(layer, run)
+    site, experts, top_k = layer.row_site, layer.experts, rows_per_token(layer, run)
+    tokens = tokens_of_a_rank(mesh, run)
+    hidden, latent = 2 * site.num_in_projections, _latent_bytes(layer, run) * tokens
     if not layer.fused:
         routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
         return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed) + latent
@@ -564,12 +581,12 @@ def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
 
 
 def _latent_bytes(layer: LayerPlan, run: RunFacts) -> float:
-    """What the projections of a latent width keep."""
+    """What the projections of a latent width keep of a token."""
     if layer.experts.latent_size is None:
         return 0
     kept = run.compute_bytes * (1 + (layer.fused and not layer.dispatch.exchanges))
     kept += 2 * FP32_BYTES * layer.experts.latent_norm
-    return kept * run.tokens_per_rank * layer.experts.latent_size
+    return kept * layer.experts.latent_size
 
 
 def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
@@ -580,7 +597,7 @@ def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     if run.keeps_whole_grads:
         stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
         made = stack * layer.placement.experts_per_rank * run.compute_bytes
-    return numbers * run.tokens_per_rank * run.compute_bytes + made + left_bytes(layer, mesh, run)
+    return numbers * tokens_of_a_rank(mesh, run) * run.compute_bytes + made + left_bytes(layer, mesh, run)
 
 
 def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
@@ -588,7 +605,7 @@ def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     if not layer.dispatch.in_flight:
         return 0
     top_k, d_expert = rows_per_token(layer, run), layer.experts.d_expert
-    number = run.tokens_per_rank * (BF16_BYTES if run.is_mixed else run.compute_bytes)
+    number = tokens_of_a_rank(mesh, run) * (BF16_BYTES if run.is_mixed else run.compute_bytes)
     if layer.fused:
         return number * (top_k * d_expert + exchanged(layer, mesh) / 2 * row_load(layer, run))
     return number * top_k * (layer.site.num_in_projections * d_expert + layer.row_site.d_model)
@@ -605,6 +622,11 @@ def row_load(layer: LayerPlan, run: RunFacts) -> float:
         return 1.0
     most = layer.experts.num_routed / layer.placement.experts_per_rank
     return max(1.0, min(run.row_load, most, layer.routing.capacity_factor or most))
+
+
+def _exchanged_rows(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """The same of the fullest rank: what it receives follows the load, what it sends does not."""
+    return exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2
 
 
 def exchanged(layer: LayerPlan, mesh: MeshSpec) -> float:

@@ -23,12 +23,12 @@ from operator import mul
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part, divisors
-from moecompile.plan import ExpertsSite, LayerPlan, MemoryEstimate, Plan
+from moecompile.plan import LayerPlan, MemoryEstimate, Plan
 from moecompile.planner.lookups import without_tables
 from moecompile.planner.memory import ffn_numbers, memory_of_fullest_rank
 from moecompile.planner.params import CutFacts, ModelFacts, RunFacts, computed_per_token, layer_params
 from moecompile.schema import Compiled, Config, PipelineConfig
-from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated
+from moecompile.stages import NONE, SCHEDULES, Pipeline, Stage, has_stages, schedule_of, simulated, steady
 
 
 def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, config: Config) -> Pipeline | None:
@@ -73,7 +73,7 @@ def plan_pipeline(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts
         _check_overlap(schedule, mesh, config)
     pipeline = Pipeline(schedule=schedule, ranks=mesh.pp, stages=stages, tied=cut.tied, overlap=overlap)
     micro_batches = max(1, config.data.global_batch_size // (config.data.micro_batch_size * mesh.num_batches))
-    _check_order(schedule, mesh.pp, number, micro_batches, overlap)
+    _check_order(schedule, mesh.pp, number, steady(mesh.pp, micro_batches), overlap)
     return pipeline
 
 
@@ -259,6 +259,11 @@ class OfRank:
         return float(sum(map(mul, kept, layers)) / sum(layers))
 
     @cached_property
+    def units(self) -> tuple[str, ...]:
+        """Paths of its stages' parts of the model."""
+        return tuple(unit.path for stage in self.stages for unit in stage.units)
+
+    @cached_property
     def _layers(self) -> tuple[int, ...]:
         """Of each of its stages."""
         return tuple(len(stage.layers) for stage in self.stages)
@@ -318,19 +323,12 @@ def alike(ranks: Sequence[OfRank]) -> list[list[OfRank]]:
     return [others for _, others in found]
 
 
-def without_name(layer: LayerPlan) -> LayerPlan:
-    """The layer without its place in the model."""
-    site = layer.site
-    bare = replace(site, fqn="", index=0) if isinstance(site, ExpertsSite) else replace(site, fqn="")
-    return replace(layer, site=bare)
-
-
 def _sizes(of: OfRank) -> object:
     """The part of the model without names."""
     facts = of.facts
     weights = sorted((w.rows, w.params, w.site is not None, w.is_root, w.split) for w in facts.weights)
     return (
-        of.mesh, tuple(map(without_name, of.layers)),
+        of.mesh, tuple(layer.alike for layer in of.layers),
         replace(facts, frozen={}, linears={}, split=(), matrices={}, attention=(), weights=(), layers=()),
         sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()), weights,
         sorted((split.kind, split.size, split.params, split.width) for split in facts.split), len(facts.layers),

@@ -45,12 +45,13 @@ Legend: t tokens, D model dim, F hidden numbers of an expert, E experts, K top-k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from moecompile.plan import largest_shard
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software
-from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan
 from moecompile.planner.traffic import even_copies
 from moecompile.stages import SCHEDULES
 
@@ -325,17 +326,19 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
         tensor=tensor,
         context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),
         stage=Wire(inter=stage),
-        gathered=_over_replicas(model, layout, machine, _zero_bytes(layout)[0]) if layout.zero == 3 else Wire(),
+        gathered=_over_replicas(_groups(model, layout), machine, _zero_bytes(layout)[0])
+        if layout.zero == 3
+        else Wire(),
     )
 
 
 def step_bytes(model: ModelShape, layout: Layout, machine: Machine, moment_bits: int = 32) -> Step:
     """Bytes per step (step 10)."""
-    dense, experts = stage_params(model, layout)
-    reduced = _over_replicas(model, layout, machine, _zero_bytes(layout)[1])
-    owned = dense / (layout.dp * layout.cp) + experts * padding(model, layout) / layout.edp
+    groups = (dense, *_), (experts, *_) = _groups(model, layout)
+    reduced = _over_replicas(groups, machine, _zero_bytes(layout)[1])
+    owned = dense / (layout.dp * layout.cp) + experts / layout.edp
     return Step(
-        reduced=reduced + _between_replicas(model, layout, machine) if layout.zero == 3 else reduced,
+        reduced=reduced + _between_replicas(groups, layout.replicas, machine) if layout.zero == 3 else reduced,
         moments=owned * (OPTIMIZER_BYTES - _OF_MOMENTS * (1 - moment_bits / 32)),
         owned=owned,
     )
@@ -351,11 +354,7 @@ def _zero_bytes(layout: Layout) -> tuple[int, int]:
 
 def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
     """Dense parameters and those of experts that a GPU of an average stage computes with."""
-    routed = sum(
-        layer.count * layer.ffn.experts * layer.ffn.expert_weights(model.hidden) for layer in model.layers if layer.ffn
-    )
-    everything = sum(layer.count * layer_params(layer, model.hidden)[0] for layer in model.layers)
-    dense = everything - routed + (1 if model.tied else 2) * model.head_weights
+    dense, routed = model.stored
     return dense / (layout.tp * layout.pp), routed / (layout.ep * layout.etp * layout.pp)
 
 
@@ -374,28 +373,34 @@ def padding(model: ModelShape, layout: Layout) -> float:
     return held / even
 
 
-def _over_replicas(model: ModelShape, layout: Layout, machine: Machine, bytes_per_param: float) -> Wire:
+_Group = tuple[float, int, int]
+"""Parameters, GPUs that share one copy of them, and how far these are apart."""
+
+
+def _over_replicas(groups: Sequence[_Group], machine: Machine, bytes_per_param: float) -> Wire:
     """Bytes that a GPU sends when these bytes of each parameter are reduced or gathered over its replicas."""
     wire = Wire()
-    for params, shards, stride in _groups(model, layout):
+    for params, shards, stride in groups:
         wire = wire + _over_group(params * bytes_per_param, shards, stride, machine)
     return wire
 
 
-def _between_replicas(model: ModelShape, layout: Layout, machine: Machine) -> Wire:
+def _between_replicas(groups: Sequence[_Group], replicas: int, machine: Machine) -> Wire:
     """Bytes that a GPU sends when fp32 gradients of what it owns are summed over the copies of sharded weights."""
     wire = Wire()
-    for params, shards, stride in _groups(model, layout):
-        wire = wire + _over_group(2 * FP32 * params / shards, layout.replicas, stride * shards, machine)
+    for params, shards, stride in groups:
+        wire = wire + _over_group(2 * FP32 * params / shards, replicas, stride * shards, machine)
     return wire
 
 
-def _groups(model: ModelShape, layout: Layout) -> tuple[tuple[float, int, int], ...]:
-    """Of dense weights and of experts: parameters, GPUs that share one copy of them, and how far these are apart."""
+def _groups(model: ModelShape, layout: Layout) -> tuple[_Group, _Group]:
+    """Of dense weights and of experts."""
     dense, experts = stage_params(model, layout)
     experts *= padding(model, layout)
-    sizes = ((dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, layout.ep * layout.etp))
-    return tuple((params, max(1, size // layout.replicas), stride) for params, size, stride in sizes)
+    return (
+        (dense, max(1, layout.dp * layout.cp // layout.replicas), layout.tp),
+        (experts, max(1, layout.edp // layout.replicas), layout.ep * layout.etp),
+    )
 
 
 def _over_group(once: float, size: int, stride: int, machine: Machine) -> Wire:

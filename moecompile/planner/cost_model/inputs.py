@@ -225,7 +225,7 @@ class Software:
 
     def repeats(self, *parts: str) -> bool:
         """Whether backward computes one of these parts again."""
-        return any(part in self.recompute for part in parts)
+        return bool(self.recompute) and any(part in self.recompute for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from moecompile.plan import ATTENTION, EXPERTS, FFN, LAYER, NORMS, Recomputed
 from moecompile.stages import Pipeline
@@ -184,6 +185,13 @@ class ModelShape:
     def head_weights(self) -> int:
         """Numbers of the output head, which is also that of the embedding."""
         return self.hidden * self.vocab
+
+    @cached_property
+    def stored(self) -> tuple[int, int]:
+        """All parameters but those of routed experts, and these; with multi-token prediction."""
+        experts = ((layer.count, layer.ffn) for layer in self.layers if layer.ffn)
+        routed = sum(count * ffn.experts * ffn.expert_weights(self.hidden) for count, ffn in experts)
+        return self.params_total(mtp=True) - routed, routed
 
     def params_total(self, *, mtp: bool = False) -> int:
         """All parameters; `mtp`: also those of multi-token prediction."""

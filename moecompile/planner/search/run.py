@@ -10,10 +10,12 @@ Algorithm:
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from heapq import heapify, heappop, heappush
 from itertools import product
 from math import inf
 from typing import Any
@@ -38,6 +40,7 @@ from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
     Activations,
     Gradients,
+    Known,
     activations,
     buffer_bytes,
     model_state_bytes,
@@ -45,7 +48,7 @@ from moecompile.planner.memory import (
     tokens_of_a_rank,
 )
 from moecompile.planner.params import ModelFacts, RunFacts
-from moecompile.planner.pipeline import OfRank, alike, ranks_of, without_name
+from moecompile.planner.pipeline import OfRank, alike, ranks_of
 from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, Stages, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
@@ -97,13 +100,12 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """Ranks along pp whose parts have the same sizes. of: one of them. layers, overlapped: its layers without names,
-    and with exchanges in flight; those that are alike are one object.
+    """Ranks along pp whose parts have the same sizes. of: one of them. overlapped: its layers with exchanges in
+    flight.
     """
 
     of: OfRank
     ranks: Sequence[OfRank]
-    layers: tuple[LayerPlan, ...]
     overlapped: tuple[LayerPlan, ...]
 
 
@@ -181,27 +183,24 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     key = (frozenset((layer.experts, layer.routing) for layer in plan.layers), config.experts.granularity)
     if key not in shapes:
         shapes[key] = search.shape(plan)
+    flying = dict(zip(map(id, plan.layers), _overlapped(plan.layers), strict=True))
+    kinds = [
+        _Kind(of=ranks[0], ranks=ranks, overlapped=tuple(flying[id(layer)] for layer in ranks[0].layers))
+        for ranks in alike(ranks_of(plan, facts))
+    ]
     return _Structure(
         config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config),
-        load=search.load_of(plan, config, plan.mesh.ep),
-        kinds=[_kind(ranks) for ranks in alike(ranks_of(plan, facts))],
+        load=search.load_of(plan, config, plan.mesh.ep), kinds=kinds,
     )  # fmt: skip
 
 
-def _kind(ranks: Sequence[OfRank]) -> _Kind:
-    known: dict[LayerPlan, LayerPlan] = {}
-    layers = tuple(known.setdefault(layer, layer) for layer in map(without_name, ranks[0].layers))
-    return _Kind(of=ranks[0], ranks=ranks, layers=layers, overlapped=_overlapped(layers))
-
-
 def _overlapped(layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
-    known = {id(layer): layer for layer in layers}
     dispatches = {id(layer.dispatch): layer.dispatch for layer in layers if _in_flight(layer)}
     flying = {key: replace(dispatch, overlap="shared") for key, dispatch in dispatches.items()}  # one, as it was
-    made = {
-        key: replace(layer, dispatch=flying.get(id(layer.dispatch), layer.dispatch)) for key, layer in known.items()
-    }
-    return tuple(made[id(layer)] for layer in layers)
+    return tuple(
+        replace(layer, dispatch=flying[id(layer.dispatch)]) if id(layer.dispatch) in flying else layer
+        for layer in layers
+    )
 
 
 def _in_flight(layer: LayerPlan) -> bool:
@@ -275,12 +274,14 @@ def _of_micro_batch(
 
 def _later(search: Search, states: _States, rejected: Rejected) -> Iterator[Candidate]:
     """Those that are dear to plan, while they may be the fastest."""
-    hopeful = [each for each in states.later if each[0] < states.fastest]
-    bounds = [(of.of_the_ends(number, overlap), of, number, overlap) for _, of, number, overlap in hopeful]
-    for least, of, number, overlap in sorted(bounds, key=lambda each: each[0]):
-        if least >= states.fastest:
-            break
-        if (found := _candidate(search, of, number, overlap, rejected)) is not None:
+    left = [(least, False, i) for i, (least, *_) in enumerate(states.later)]
+    heapify(left)
+    while left and (nearest := heappop(left))[0] < states.fastest:
+        _, is_bounded, i = nearest
+        _, of, number, overlap = states.later[i]
+        if not is_bounded:
+            heappush(left, (of.of_the_ends(number, overlap), True, i))
+        elif (found := _candidate(search, of, number, overlap, rejected)) is not None:
             yield found
 
 
@@ -312,17 +313,18 @@ class _MicroBatch:
 
     def __init__(self, structure: _Structure, run: RunFacts, batch: int, states: _States, limit: float) -> None:
         self.structure, self.run, self.states, self.limit, self.batch = structure, run, states, limit, batch
-        self.memory, self.step = _memory(structure, states), partial(_step, structure, batch)
+        self.memory, self.step = _memory(structure, run, states), partial(_step, structure, batch)
         self.ranks = sorted((of for kind in structure.kinds for of in kind.ranks), key=lambda of: of.index)
         self._budgets: dict[object, Budget] = {}
         self._prices: dict[tuple[str, int], Prices] = {}
         self._ways: dict[int, list[RunFacts]] = {}
         self._bare: dict[tuple[int, tuple[str, int]], list[tuple[float, RunFacts]]] = {}
-        loads = [replace(run, row_load=load) for load in (structure.load, 1.0)]
-        self._of_exchanges = [
-            [buffer_bytes(of.layers, of.mesh, each) for each in loads] if run.checkpointing == BUDGET else []
-            for of in self.ranks
-        ]
+
+    @cached_property
+    def _of_exchanges(self) -> list[list[int]]:
+        """Bytes of buffers of each place along pp, with the load that is to be expected and with an even one."""
+        loads = [replace(self.run, row_load=load) for load in (self.structure.load, 1.0)]
+        return [[buffer_bytes(of.layers, of.mesh, each) for each in loads] for of in self.ranks]
 
     def seconds(self, replicas: int, overlap: tuple[str, int], run: RunFacts) -> float:
         """Of a step."""
@@ -337,8 +339,8 @@ class _MicroBatch:
 
     def may_fit(self, replicas: int, overlap: tuple[str, int]) -> bool:
         """Whether there is room with all layers computed again."""
-        runs = (replace(way, checkpointing="full", row_load=self.structure.load) for way in self.ways(replicas))
-        return any(self.memory(replicas, run, overlap[0] != "none") <= self.limit for run in runs)
+        runs, load = (replace(way, checkpointing="full") for way in self.ways(replicas)), self.structure.load
+        return any(self.memory(replicas, run, load, overlap[0] != "none") <= self.limit for run in runs)
 
     def ways(self, replicas: int) -> list[RunFacts]:
         """When weights are gathered and gradients reduced."""
@@ -379,11 +381,11 @@ class _MicroBatch:
         flies = overlap[0] != "none"
 
         def uneven_of(run: RunFacts) -> int:
-            return self.memory(replicas, replace(run, row_load=self.structure.load), flies)
+            return self.memory(replicas, run, self.structure.load, flies)
 
         if self.run.checkpointing != BUDGET:
             again = choose(self.ways(replicas), uneven_of, self.limit)
-            return again, self.memory(replicas, again, flies), uneven_of(again)
+            return again, self.memory(replicas, again, 1.0, flies), uneven_of(again)
 
         def fit(run: RunFacts) -> Within:
             places = [self.within(of, replicas, overlap, run) for of in self.ranks]
@@ -483,34 +485,54 @@ class _States:
 
     @staticmethod
     def _key(of: OfRank, replicas: int) -> tuple[object, ...]:
-        units = tuple(unit.path for stage in of.stages for unit in stage.units)
-        return of.mesh, replicas, of.layers[0].experts if of.layers else None, len(of.layers), units
+        return of.mesh, replicas, of.layers[0].experts if of.layers else None, len(of.layers), of.units
 
 
-def _memory(structure: _Structure, states: _States) -> Callable[[int, RunFacts, bool], int]:
-    """Bytes of the fullest rank, by replicas, run and whether exchanges are in flight."""
+def _memory(structure: _Structure, run: RunFacts, states: _States) -> Callable[[int, RunFacts, float, bool], int]:
+    """Bytes of the fullest rank, by replicas, run, load and whether exchanges are in flight.
+
+    Args:
+        run: with the micro-batch; others differ from it in checkpointing, and in when they gather and reduce.
+    """
     pipeline = structure.plan.pipeline
-    known: dict[object, tuple[Activations, int]] = {}
+    kept = [
+        1.0 if pipeline is None else max(of.in_flight(pipeline, run.accumulation) for of in kind.ranks)
+        for kind in structure.kinds
+    ]
+    of_layers: dict[tuple[bool, float], Known] = defaultdict(Known)
+    made: dict[object, list[Activations]] = {}
+    sent: dict[object, list[int]] = {}
+    held: dict[object, list[tuple[int, Gradients, int]]] = {}
 
-    def of_run(kind: _Kind, run: RunFacts, in_flight: bool) -> tuple[Activations, int]:
-        key = (
-            kind.of.index, run.tokens_per_rank, run.micro_batch_size, run.keeps_whole_grads, run.checkpointing,
-            in_flight, run.row_load, run.in_flight,
-        )  # fmt: skip
-        if key not in known:
-            layers, mesh = kind.overlapped if in_flight else kind.layers, kind.of.mesh
-            known[key] = activations(layers, mesh, kind.of.facts, run), buffer_bytes(layers, mesh, run)
-        return known[key]
+    def made_in(run: RunFacts, load: float, in_flight: bool) -> list[Activations]:
+        key = run.keeps_whole_grads, run.checkpointing, load, in_flight
+        if key not in made:
+            made[key], known = [], of_layers[run.keeps_whole_grads, load]
+            for kind, times in zip(structure.kinds, kept, strict=True):
+                given, of = replace(run, row_load=load, in_flight=times), kind.of
+                layers = kind.overlapped if in_flight else of.layers
+                made[key].append(activations(layers, of.mesh, of.facts, given, known))
+        return made[key]
 
-    def of_kind(kind: _Kind, replicas: int, run: RunFacts, in_flight: bool) -> int:
-        if pipeline is not None:
-            run = replace(run, in_flight=max(each.in_flight(pipeline, run.accumulation) for each in kind.ranks))
-        weights, grads, optimizer = states(kind.of, replicas, run)
-        made, buffers = of_run(kind, run, in_flight)
-        return weights + optimizer + buffers + together(grads, made, run)
+    def sent_in(run: RunFacts, load: float) -> list[int]:
+        key = run.checkpointing, load
+        if key not in sent:
+            known, given = of_layers[run.keeps_whole_grads, load], replace(run, row_load=load)
+            sent[key] = [buffer_bytes(kind.of.layers, kind.of.mesh, given, known) for kind in structure.kinds]
+        return sent[key]
 
-    def total(replicas: int, run: RunFacts, in_flight: bool) -> int:
-        return max(of_kind(kind, replicas, run, in_flight) for kind in structure.kinds)
+    def held_by(replicas: int, run: RunFacts) -> list[tuple[int, Gradients, int]]:
+        key = replicas, run.reduce, run.gather
+        if key not in held:
+            held[key] = [states(kind.of, replicas, run) for kind in structure.kinds]
+        return held[key]
+
+    def total(replicas: int, run: RunFacts, load: float, in_flight: bool) -> int:
+        parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
+        return max(
+            weights + optimizer + buffers + together(grads, made, run)
+            for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
+        )
 
     return total
 
