@@ -94,6 +94,7 @@ __all__ = [
     "set_attribute",
     "set_timeouts",
     "tree_leaves",
+    "tree_map",
     "tree_map_only",
     "unflattened",
     "unsafe_view",
@@ -672,9 +673,16 @@ def without_scores(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention by the operator of GPUs that keeps no matrix of scores, for fake tensors of any device."""
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention.default
-    out: torch.Tensor = attend(q, k, v, mask, True, dropout, is_causal, scale=scale)[0]
+    """Attention by the operators of GPUs that keep no matrix of scores, for fake tensors of any device."""
+    if mask is None and q.shape[-1] == v.shape[-1]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        grouped: torch.Tensor = flash(q, k, v, dropout, is_causal, scale=scale)[0]
+        return grouped
+    if mask is not None and mask.dtype is torch.bool:
+        mask = mask.to(q.dtype)  # as torch does for each call
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] < q.shape[1] else x for x in (k, v))
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    out: torch.Tensor = efficient(q, k, v, mask, True, dropout, is_causal, scale=scale)[0]
     return out
 
 

@@ -344,6 +344,21 @@ def _masks_without_values() -> Iterator[None]:
         masks.is_tracing = is_tracing  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def one_sequence_in_a_row() -> Iterator[None]:
+    """Keeps transformers from looking whether rows have several sequences, which is said by values."""
+    masks = sys.modules.get("transformers.masking_utils")
+    looks = getattr(masks, "find_packed_sequence_indices", None)
+    if masks is None or looks is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = looks  # type: ignore[attr-defined]
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()

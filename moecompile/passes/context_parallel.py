@@ -14,13 +14,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
 
 from moecompile.capture import is_meta, layers_of
 from moecompile.errors import ConfigError, PassError, PlanError
@@ -31,6 +33,7 @@ from moecompile.nn.padding import padding_of
 from moecompile.nn.stages import passage_of
 from moecompile.plan import Plan
 from moecompile.schema import ModelAttention
+from moecompile.torch_private import without_scores
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' implementations of attention that take any heads and whole masks."""
@@ -153,6 +156,39 @@ def eager_on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+@contextmanager
+def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
+    """Attention as a GPU computes it. A torch function mode would be off in backward, where layers compute again."""
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    is_on_a_gpu = implementation_of(model) in ON_A_GPU
+    try:
+        with attention_replaced(model, _attend_instead, has_masks=False) if is_on_a_gpu else nullcontext():
+            yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def _attend_instead(
+    inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """In place of those that do not run without a GPU, and have no masks of all pairs; keys are repeated."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    output = _attend(query, key, value, attention_mask, is_causal=True, scale=others.get("scaling"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (each.to(narrow) for each in (query, key, value))
+    return without_scores(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 def _without_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,25 +1,19 @@
-"""What the planner must know of a model's attention: how positions are split over `cp`, and what its scores need.
+"""Whether a model's attention can be split over the positions of `cp`, and the heads that it has.
 
-Positions (`attention_of`):
+Algorithm (`attention_of`):
   1. Rules that the model's class and config decide: it uses transformers' attention interface, and has no state.
   2. One forward on the example with a probe in place of attention, which notes the heads of every layer and returns for
      each position its own values alone.
   3. With the probe, no output may depend on another position. A token is changed, first at the start and then at the
      end: where the outputs of other positions change, something else mixes positions (a convolution, a recurrence,
      attention outside of the interface).
-Scores (`scores_of`), of an implementation that makes a matrix of them for each head (`eager`):
-  1. One forward on the example notes how the attention of each layer is called.
-  2. Each kind of call is made on the meta device with long sequences, forward and backward: the bytes that autograd
-     keeps, and the most at a time, for each pair of positions.
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +25,7 @@ from moecompile.errors import MoecompileError
 from moecompile.match.sites import record_model
 from moecompile.nn.context import Positions, cut_arguments, weights_of_heads
 from moecompile.passes.context_parallel import IMPLEMENTATIONS, attention_replaced, configs_of, implementation_of
-from moecompile.planner.params import AttentionFact, ScoresFact, SplitFact
-from moecompile.torch_private import TorchDispatchMode, tree_leaves, without_values
+from moecompile.planner.params import AttentionFact
 
 _TOLERATED_ROUNDING = 64  # times the precision of the dtype: experts may group other tokens
 _IDS = "input_ids"
@@ -164,143 +157,3 @@ def _logits(outputs: Any) -> Tensor | None:
     found = getattr(outputs, "logits", None)
     found = getattr(outputs, "last_hidden_state", None) if found is None else found
     return found if isinstance(found, Tensor) and found.dim() == 3 else None
-
-
-# -- matrices of scores -----------------------------------------------------------------------------------------------
-
-_LONG = 16384  # positions, with which all but the matrices is next to nothing
-
-
-@dataclass
-class _Call:
-    """How an attention is called. of_module: arguments that are weights of the module -> their names there."""
-
-    inner: Callable[..., Any]
-    module: nn.Module
-    query: torch.Size
-    key: torch.Size
-    value: torch.Size
-    mask: torch.dtype | None
-    others: dict[str, Any]
-    of_module: dict[str, str]
-
-    @property
-    def kind(self) -> Hashable:
-        """Equal for calls that need the same."""
-        shapes = (self.query[1:], self.key[1:], self.value[1:], self.mask)
-        return type(self.module), shapes, *sorted(self.of_module.items())
-
-
-def scores_of(
-    model: nn.Module, example: Example | None, splits: Sequence[SplitFact] = ()
-) -> tuple[dict[int, ScoresFact], str]:
-    """`ModelFacts.scores` and `no_scores`."""
-    if example is None or implementation_of(model) != _MAKES_SCORES:
-        return {}, ""
-    try:
-        return _scores_of(model, example, splits)
-    except Exception as error:  # code of the model that cannot do this: an estimate must not end a compilation
-        return {}, f"what eager attention needs for its scores ({type(error).__name__})"
-
-
-def _scores_of(model: nn.Module, example: Example, splits: Sequence[SplitFact]) -> tuple[dict[int, ScoresFact], str]:
-    calls, paths = list[_Call](), {module: path for path, module in model.named_modules()}
-
-    def noted(
-        inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-        attention_mask: Tensor | None = None, **others: Any,
-    ) -> Any:  # fmt: skip
-        weights = dict(module.named_parameters(recurse=False))
-        of_module = {name: own for name, x in others.items() for own, weight in weights.items() if weight is x}
-        plain = {name: x for name, x in others.items() if name not in of_module}
-        if "dropout" in plain:
-            plain["dropout"] = _dropout_of(module)  # here the model is in evaluation mode
-        kind = None if attention_mask is None else attention_mask.dtype
-        calls.append(_Call(inner, module, query.shape, key.shape, value.shape, kind, plain, of_module))
-        return inner(module, query, key, value, attention_mask, **others)
-
-    _run(model, example, noted)
-    if not calls:
-        has_heads = getattr(getattr(model, "config", None), "num_attention_heads", None) is not None
-        return {}, "the scores of eager attention, which transformers' interface does not see" * has_heads
-    owners = {f"{paths[call.module]}." for call in calls}
-    is_split = any(split.style == "colwise" and split.path.startswith(tuple(owners)) for split in splits)
-    instead = tuple(name for name, has in _INSTEAD.items() if getattr(model, has, False))
-    kinds = {call.kind: call for call in calls}
-    found: dict[int, ScoresFact] = {}
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        of_kind = {kind: _bytes_of_pairs(call, dtype) for kind, call in kinds.items()}
-        kept = sum(of_kind[call.kind][0] for call in calls) / max(1, len(list(layers_of(model))))
-        made = max(most for _, most in of_kind.values()) - kept
-        found[dtype.itemsize] = ScoresFact(kept=kept, made=max(0.0, made), is_split=is_split, instead=instead)
-    return found, ""
-
-
-def _dropout_of(module: nn.Module) -> float:
-    """The rate of an attention in training."""
-    for name in ("attention_dropout", "dropout", "dropout_prob"):
-        rate = getattr(module, name, None)
-        if isinstance(rate := getattr(rate, "p", rate), (int, float)):
-            return float(rate)
-    return 0.0
-
-
-def _bytes_of_pairs(call: _Call, dtype: torch.dtype) -> tuple[float, float]:
-    """What is kept, and the most at a time, for each pair of positions; there may be more keys than positions."""
-
-    def made(shape: torch.Size) -> Tensor:
-        length = _LONG * shape[2] // call.query[2]
-        return torch.empty(1, shape[1], length, shape[3], dtype=dtype, device="meta", requires_grad=True)
-
-    query, key, value = map(made, (call.query, call.key, call.value))
-    mask = None
-    if call.mask is not None:
-        of_mask = dtype if call.mask.is_floating_point else call.mask
-        mask = torch.empty(1, 1, query.shape[2], key.shape[2], dtype=of_mask, device="meta")
-    module = without_values(call.module).to(dtype).train()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    others = {name: _long_bias(x, call, dtype) if isinstance(x, Tensor) else x for name, x in call.others.items()}
-    others |= {name: module.get_parameter(own) for name, own in call.of_module.items()}
-    with _LiveBytes() as live:
-        output = call.inner(module, query, key, value, mask, **others)[0]
-        kept = live.now
-        output.backward(torch.empty_like(output))
-    return kept / query.shape[2] ** 2, live.most / query.shape[2] ** 2
-
-
-def _long_bias(x: Tensor, call: _Call, dtype: torch.dtype) -> Tensor:
-    """A tensor on the meta device, with long sequences in the place of the example's (a bias by distance)."""
-    lengths = (call.query[2], call.key[2])
-    shape = [_LONG * size // call.query[2] if size in lengths else size for size in x.shape]
-    return torch.empty(shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta")
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the memory of what ops make while it is active: now, and the most at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch's."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-
-        def freed(_: Any) -> None:
-            self.now -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.most = max(self.most, self.now)

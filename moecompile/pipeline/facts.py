@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -23,8 +22,8 @@ from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.own_router import own_losses
 from moecompile.nn.stages import put
 from moecompile.nn.watch import masks_of
-from moecompile.pipeline.attention import attention_of, scores_of
-from moecompile.pipeline.shape import mixers
+from moecompile.pipeline.attention import attention_of
+from moecompile.pipeline.kept import KeptLayers, dtype_of_most, kinds_of
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
 from moecompile.planner import ModelFacts
 from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
@@ -33,7 +32,6 @@ from moecompile.torch_private import own_parameters
 
 WIDENED = "_moecompile_widened"
 """Attribute of a model that `widen_experts` has made: what it did, for people."""
-_QUERY_NORMS = ("q_norm", "query_layernorm", "q_layernorm")
 
 
 def facts_of(
@@ -51,7 +49,7 @@ def facts_of(
     apart, frozen, apart_bytes = _apart(model)
     splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
-    scores, no_scores = scores_of(model, example, splits)
+    of_layers = _layers(model, layers, captured or Captured())
     config = getattr(model, "config", None)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
@@ -60,7 +58,7 @@ def facts_of(
         params_embedding=outside if layers else 0,
         num_layers=len(layers),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        bytes_per_param=_most(model.parameters()).itemsize,
+        bytes_per_param=dtype_of_most(model.parameters()).itemsize,
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
         linears=_linears(model),
@@ -70,9 +68,7 @@ def facts_of(
         matrices=_matrices(model),
         heads=heads_of(model),
         d_model=hidden,
-        attention_numbers=_attention_numbers(model, config, len(layers), hidden),
-        scores=scores,
-        no_scores=no_scores,
+        kept=None if example is None else KeptLayers(model, example, of_layers, splits),
         attention=attention,
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
@@ -81,7 +77,7 @@ def facts_of(
         apart_frozen=frozen,
         apart_bytes=apart_bytes,
         weights=_weights(model, inside, splits, captured or Captured()),
-        layers=_layers(model, layers, captured or Captured()),
+        layers=of_layers,
         cut=_cut(model, captured),
         tables=_tables(model, example, inside, captured or Captured()),
     )
@@ -153,8 +149,8 @@ def _layers(model: nn.Module, layers: Sequence[nn.Module], captured: Captured) -
     holders = [_with_sites(path, layer, sites) for path, layer in named]
     names = {name for found in holders for name in found}
     return tuple(
-        LayerFact(path=path, parts=tuple(_layer_parts(layer, found, names)))
-        for (path, layer), found in zip(named, holders, strict=True)
+        LayerFact(path=path, kind=kind, parts=tuple(_layer_parts(layer, found, names)))
+        for (path, layer), found, kind in zip(named, holders, kinds_of(layers), strict=True)
     )
 
 
@@ -199,20 +195,12 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(parameters) and all(parameter.dim() <= 1 for parameter in parameters)
 
 
-def _most(parameters: Iterable[Parameter]) -> torch.dtype:
-    """The dtype of most numbers."""
-    sizes = Counter[torch.dtype]()
-    for parameter in parameters:
-        sizes[parameter.dtype] += parameter.numel()
-    return max(sizes, key=sizes.__getitem__, default=torch.float32)
-
-
 def _others(model: nn.Module) -> dict[bool, list[Parameter]]:
     """Whether they are trained -> parameters of another dtype than most of these (moecompile.passes.shard)."""
     others: dict[bool, list[Parameter]] = {}
     for trained in (True, False):
         mine = [parameter for parameter in model.parameters() if parameter.requires_grad is trained]
-        most = _most(mine)
+        most = dtype_of_most(mine)
         others[trained] = [parameter for parameter in mine if parameter.dtype != most]
     return others
 
@@ -250,22 +238,6 @@ def _apart(model: nn.Module) -> tuple[int, int, int]:
     wide = max((parameter.element_size() for found in others.values() for parameter in found), default=FP32_BYTES)
     sizes = {trained: sum(parameter.numel() for parameter in found) for trained, found in others.items()}
     return sizes[True], sizes[False], wide
-
-
-def _attention_numbers(model: nn.Module, config: Any, num_layers: int, hidden: int) -> int:
-    """`ModelFacts.attention_numbers`, counted for Llama, Qwen3 and DeepSeek-V3."""
-    found = [mixer for mixer in mixers(config, num_layers, hidden) if mixer is not None] if hidden else []
-    if not found:
-        return 0
-    norms = any(name.rpartition(".")[2] in _QUERY_NORMS for name, _ in model.named_modules())
-    kept = 0
-    for mixer in found:
-        if mixer.kv_rank:  # latents and their norms; queries, keys, values, with the parts that they are made of
-            nope = mixer.d_qk - mixer.d_rope
-            kept += 3 * (mixer.q_rank + mixer.kv_rank) + mixer.heads * (2 * mixer.d_qk + nope + 3 * mixer.d_v)
-        else:
-            kept += (4 if norms else 2) * (mixer.heads + mixer.kv_heads) * mixer.d_qk
-    return kept // len(found)
 
 
 def _has_padding_mask(model: nn.Module, example: Example | None) -> bool:

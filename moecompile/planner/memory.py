@@ -56,29 +56,27 @@ A1. One layer, without its input.
    copy if the input is narrower (4 T D); under autocast, experts read it in bf16 (2 T D), and bf16 copies of their
    weights are kept (2 * 3 D F E / ep). With exchanges, the received rows are kept in the dtype that experts read: b T D
    copies.                                                                                       -> `moe_bytes`
-A2. All layers. c numbers per token are kept for norms, residuals, the FFN's input, and attention: 6 D, and what the
-   planner is told of attention, else 6 D again. Attention keeps 2 (heads + key heads) times the width of a head, twice
-   that with norms of queries and keys (Llama and Qwen3: within 1%), and in a latent (DeepSeek-V3: within 5%)
-   3 (q rank + kv rank) + heads (2 width of a query + its part without positions + 3 width of a value).
+A2. All layers. What one keeps outside of its MoE layer, and makes for a while beside it, per token and (of attention
+   that makes a matrix of scores for each head) per pair of positions, is counted by running its own code: `LayerKept`,
+   pipeline/kept.py. Where that cannot run it is a Llama's in fp32 with as many heads for keys: 12 D and the dense FFN.
+   T tokens have T S pairs in sequences of S; with tp, pairs are divided by it if heads are.          -> `layer_bytes`
+       c           = what is kept outside of FFNs
    Two moments are compared: the loss, and the backward of a layer.
        activations = kept + max(loss, layers)                                                   -> `Activations`
        loss        = 3 f T V              f: 4, or a where it is more; log-softmax, its gradient, that of the logits
-       layers      = max over layers of again + max over layers of backward
-       kept        = sum over layers of (a T c + layer);                                            again = 0
+       layers      = max over layers of again + max over layers of (backward, made)
+       forward     = max over layers of made
+       kept        = sum over layers of (c + FFN);                                              again = 0
        with checkpointing
-       kept        = sum over layers of (a T D + exchanged), again = a T c + layer                  computed again
+       kept        = sum over layers of (input + exchanged), again = c + FFN                    computed again
+       forward     = max over layers of (scores + made)
        exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
    With checkpointing this is at most what it is without. -> `activations`
-   Attention that makes a matrix of scores for each head (`eager`) keeps more, and needs more for a while in forward and
-   backward, with p pairs of positions, T S: scores_kept p a layer, part of `layer`, and scores_made p, in place of
-   `backward` where it is more, and in the last layer's forward.                                 -> `scores_bytes`
-       forward     = scores_made p, and with checkpointing scores_kept p
    In a pipeline, `kept` is there for as many micro-batches as are in flight (plan/pipeline.py).
    With checkpointing=budget each layer has its own (budget.py):                                     -> `LayerBytes`
-       all of it is computed again    kept = a T D + exchanged, again as above
-       some of its parts are          kept = 4 a T D, the inputs of norms, attention and FFN, and of the parts that are
-                                      not: 2 a T D of norms, attention's part of c, `layer` of the FFN; of an FFN that
-                                      is: exchanged. again = the largest part that is computed again
+       all of it is computed again    kept = input + exchanged, again as above
+       some of its parts are          kept = what the others keep, and the inputs of all; of an FFN that is: exchanged.
+                                      again = the largest part that is computed again
        Exchanges that are sent again are not kept.
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
        backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
@@ -88,12 +86,13 @@ A3. Backward of one MoE layer: the gradients of rows, in and out, of its input a
        + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
        + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
 A rank gets K T rows with balanced routing; otherwise K stands for K times the rows of the rank over their mean, which a
-capacity limits; experts that choose tokens all get the mean. Dense layers are assumed to have the D and d_ff of the
-widest planned site. With tp, an MoE layer has T / tp tokens; activations between split linears are counted whole.
+capacity limits; experts that choose tokens all get the mean. With tp, an MoE layer has T / tp tokens; activations
+between split linears are counted whole.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -118,6 +117,7 @@ from moecompile.planner.optimizer import kept_of, muon_params, state_bytes
 from moecompile.planner.params import (
     BF16_BYTES,
     FP32_BYTES,
+    LayerKept,
     ModelFacts,
     ModelParams,
     RunFacts,
@@ -130,8 +130,6 @@ from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token
 from moecompile.schema import Bf16Weights, resolved
 
-RESIDUAL_NUMBERS = 6  # of c in step A2
-_INPUTS = 4  # of them, those that norms, attention and FFN read
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 TOKEN_BYTES = 12  # saved by the normalization of the weights
@@ -165,7 +163,14 @@ def largest_in_words(
         "optimizer": _optimizer_in_words(facts, run),
         "activations": _activations_in_words(activations(layers, mesh, facts, run), layers, mesh, facts, run),
         "dispatch": "rows that a rank sends and receives in one layer",
-    }[memory.largest] + (f". Not counted: {facts.no_scores}" if facts.no_scores else "")
+    }[memory.largest] + _not_known(facts)
+
+
+def _not_known(facts: ModelFacts) -> str:
+    if facts.kept is None or not facts.kept.reason:
+        return ""
+    scores = ", without the scores of eager attention" * facts.kept.makes_scores
+    return f". What its layers keep is taken as Llama's{scores}: their code needs values ({facts.kept.reason})"
 
 
 def _dtype(bytes_: int) -> str:
@@ -193,7 +198,8 @@ def _activations_in_words(
     made: Activations, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> str:
     tokens, number = f"{run.tokens_per_rank:,} tokens", max(facts.num_layers, len(layers))
-    if (of := facts.scores.get(run.compute_bytes)) and (made.layers + made.forward) / 2 > max(made.kept, made.loss):
+    has_scores = (of := facts.kept) is not None and of.makes_scores
+    if of is not None and has_scores and (made.layers + made.forward) / 2 > max(made.kept, made.loss):
         anywhere = mesh.device != "cpu" and not mesh.axes(Part.SEQUENCE)
         instead = [name for name in of.instead if anywhere or name == "sdpa"]
         none = f"; model.attention={' or '.join(instead)} makes none" * bool(instead)
@@ -298,6 +304,7 @@ class Known:
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[_OfLayer, Hashable], float] = {}
+        self._layers: dict[int, list[tuple[LayerBytes, int]]] = {}
 
     def of_each(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> list[float]:
         """Of each of these layers."""
@@ -308,6 +315,14 @@ class Known:
                 value = self._bytes[key] = of(layer, mesh, run)
             found.append(value)
         return found
+
+    def layers(
+        self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+    ) -> list[tuple[LayerBytes, int]]:
+        """`layer_bytes`, and how many layers have these."""
+        if id(facts) not in self._layers:
+            self._layers[id(facts)] = list(Counter(layer_bytes(layers, mesh, facts, run).values()).items())
+        return self._layers[id(facts)]
 
 
 _OfLayer = Callable[[LayerPlan, MeshSpec, RunFacts], float]
@@ -428,54 +443,28 @@ def activations(
 def _of_layers(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, known: Known
 ) -> Activations:  # fmt: skip
-    num_layers, number = max(facts.num_layers, len(layers)), run.compute_bytes * run.tokens_per_rank
-    # Existing experts in a latent width have it as their d_model.
-    d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
-    dense = facts.ffn_numbers or ffn_numbers(layers)
-    moe = known.of_each(moe_bytes, layers, mesh, run)
-    attention = facts.attention_numbers or RESIDUAL_NUMBERS * d_model
-    residual = RESIDUAL_NUMBERS * d_model + attention
-    scores = scores_bytes(mesh, facts, run)
-    saved = [residual * number + scores.kept + ffn for ffn in moe + [dense * number] * (num_layers - len(layers))]
+    each = known.layers(layers, mesh, facts, run)
+    made = max((of.made for of, _ in each), default=0.0)
     backward = max(known.of_each(backward_bytes, layers, mesh, run), default=0)
-    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes), scores.made)
-    wide = max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    loss = LOGITS_COPIES * facts.vocab_size * wide
-    found = Activations(kept=sum(saved) * run.in_flight, loss=loss, layers=backward, forward=scores.made)
+    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes), made)
+    loss = LOGITS_COPIES * facts.vocab_size * max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
+    kept = sum(of.kept(None) * number for of, number in each) * run.in_flight
+    found = Activations(kept=kept, loss=loss, layers=backward, forward=made)
     if run.checkpointing == "none":
         return found
-    forward = scores.kept + scores.made
+    forward = max((of.scores + of.made for of, _ in each), default=0.0)
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
-        each = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
-        at_once = max((of.again(what.parts) for _, what, of in each if what is not None), default=0.0)
+        of_path = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
+        at_once = max((of.again(what.parts) for _, what, of in of_path if what is not None), default=0.0)
         times = dict(run.in_flight_of)
-        kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in each)
+        kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in of_path)
         return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=forward)
-    kept = 0.0
-    if run.checkpointing == "keep_exchanges":
-        kept = sum(known.of_each(_exchanged_rows, layers, mesh, run))
-    kept = num_layers * d_model * number + kept * run.compute_bytes * tokens_of_a_rank(mesh, run)
-    layer = max(saved, default=0) + backward
-    again = Activations(kept=kept * run.in_flight, loss=loss, layers=layer, forward=forward)
-    return min(found, again, key=lambda each: each.peak)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Bytes of the matrices of scores of one layer (A2)."""
-
-    kept: float = 0.0
-    made: float = 0.0
-
-
-def scores_bytes(mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> Scores:
-    """Of a micro-batch on a rank; with `cp` it has all pairs of positions for its part of the heads."""
-    if (fact := facts.scores.get(run.compute_bytes)) is None:
-        return Scores()
-    seq_len = run.tokens_per_rank * mesh.size(Part.SEQUENCE) // run.micro_batch_size
-    pairs = run.tokens_per_rank * seq_len / (mesh.size(Part.WEIGHTS) if fact.is_split else 1)
-    return Scores(fact.kept * pairs, fact.made * pairs)
+    whole = Recomputed(layers=(), parts=(LAYER,), modules=("",), sends=run.checkpointing == "full")
+    again = max((of.again(whole.parts) for of, _ in each), default=0.0)
+    kept = sum(of.kept(whole) * number for of, number in each) * run.in_flight
+    repeated = Activations(kept=kept, loss=loss, layers=again + backward, forward=forward)
+    return min(found, repeated, key=lambda each: each.peak)
 
 
 def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
@@ -485,13 +474,17 @@ def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """What a layer can keep for backward (A2), bytes. width: a tensor as wide as the residual stream; attention, ffn:
-    what they save beyond their inputs; exchanged: rows that exchanges of forward bring.
+    """What a layer of the model can keep for backward (A2), bytes: `LayerKept` of all tokens, with scores in attention
+    and in made, and of MoE layers that are planned in it. exchanged: rows that exchanges of forward bring.
     """
 
     width: float
+    rest: float
+    norms: float
     attention: float
     ffn: float
+    made: float
+    scores: float
     exchanged: float
 
     def kept(self, again: Recomputed | None) -> float:
@@ -501,42 +494,57 @@ class LayerBytes:
         if LAYER in parts:
             return self.width + exchanged
         ffn = exchanged if EXPERTS in parts or FFN in parts else self.ffn
-        norms = 0 if NORMS in parts else RESIDUAL_NUMBERS - _INPUTS
-        return (_INPUTS + norms) * self.width + (0 if ATTENTION in parts else self.attention) + ffn
+        norms, attention = (0.0 if part in parts else of for part, of in self._others)
+        return self.rest + norms + attention + ffn
 
     def again(self, parts: Sequence[str]) -> float:
         """What backward computes again at a time."""
-        of = {
-            LAYER: RESIDUAL_NUMBERS * self.width + self.attention + self.ffn, ATTENTION: self.attention,
-            NORMS: self.width, EXPERTS: self.ffn, FFN: self.ffn,
-        }  # fmt: skip
+        of = {LAYER: self.kept(None), EXPERTS: self.ffn, FFN: self.ffn, **dict(self._others)}
         return max(of[part] for part in parts)
+
+    @property
+    def _others(self) -> tuple[tuple[str, float], ...]:
+        return (NORMS, self.norms), (ATTENTION, self.attention)
 
 
 def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:
-    """Path of each layer of the model -> what it can keep."""
-    number = run.compute_bytes * run.tokens_per_rank
-    d_model = max((facts.d_model, *(layer.site.d_model for layer in layers)))
-    dense = facts.ffn_numbers or ffn_numbers(layers)
+    """Path of each layer of the model -> what it can keep; layers that are in no list have a number."""
+    tokens = run.tokens_per_rank
+    seq_len = tokens * mesh.size(Part.SEQUENCE) // run.micro_batch_size
+    kept = {} if facts.kept is None else facts.kept(run.compute_bytes, seq_len, run.micro_batch_size)
+    is_split = facts.kept is not None and facts.kept.is_split
+    pairs = tokens * seq_len / (mesh.size(Part.WEIGHTS) if is_split else 1)
+    others = _as_llama(layers, facts, run)
     inside_of: dict[str, list[LayerPlan]] = {fact.path: [] for fact in facts.layers}
-    for layer in layers:
-        if (path := owner_of(layer, inside_of)) is not None:
-            inside_of[path].append(layer)
+    for i, layer in enumerate(layers):
+        inside_of.setdefault(owner_of(layer, inside_of) or f"#{i}", []).append(layer)
+    for i in range(len(inside_of), facts.num_layers):
+        inside_of[f"#{i}"] = []
+    can_split = {fact.path for fact in facts.layers if any(part == FFN for part, _ in fact.parts)}
     found, known = dict[str, LayerBytes](), dict[Hashable, LayerBytes]()
-    for fact in facts.layers:
-        inside = inside_of[fact.path]
-        key = tuple(layer.alike for layer in inside)
+    for path, inside in inside_of.items():
+        of = kept.get(path, others) if path in can_split or not inside else others
+        key = id(of), *(layer.alike for layer in inside)
         if key not in known:
+            scores = of.scores * pairs
             known[key] = LayerBytes(
-                width=d_model * number,
-                attention=(facts.attention_numbers or RESIDUAL_NUMBERS * d_model) * number
-                + scores_bytes(mesh, facts, run).kept,
-                ffn=sum(moe_bytes(layer, mesh, run) for layer in inside) if inside else dense * number,
+                width=of.width * tokens, rest=of.rest * tokens, norms=of.norms * tokens,
+                attention=of.attention * tokens + scores, made=of.made * tokens + of.scores_made * pairs, scores=scores,
+                ffn=sum(moe_bytes(layer, mesh, run) for layer in inside) if inside else of.ffn * tokens,
                 exchanged=sum(_exchanged_rows(layer, mesh, run) for layer in inside)
                 * run.compute_bytes * tokens_of_a_rank(mesh, run),
             )  # fmt: skip
-        found[fact.path] = known[key]
+        found[path] = known[key]
     return found
+
+
+def _as_llama(layers: Sequence[LayerPlan], facts: ModelFacts, run: RunFacts) -> LayerKept:
+    """What a layer keeps whose own code cannot say it: in fp32 that of Llama, with as many heads for keys (A2)."""
+    number = run.compute_bytes
+    # Existing experts in a latent width have it as their d_model.
+    width = max((facts.d_model, *(layer.site.d_model for layer in layers))) * number
+    ffn = (facts.ffn_numbers or ffn_numbers(layers)) * number
+    return LayerKept(width=width, rest=4 * width, norms=2 * width, attention=6 * width, ffn=ffn)
 
 
 def sends_again(layer: LayerPlan, run: RunFacts) -> bool:

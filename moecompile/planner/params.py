@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from moecompile.plan import ExpertsSite, LayerPlan, Lookup, Plan, PlannedSite, Recomputed
 from moecompile.schema import Config, OptimizerConfig
@@ -46,17 +47,15 @@ class ModelFacts:
     no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional
     weights of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer,
     where mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the
-    residual stream, by the model's config (0: unknown). attention_numbers: what attention keeps for
-    backward, numbers per token and layer, without what is as wide as the residual stream (0: unknown). ffn_numbers:
-    what a dense FFN keeps (0: as the widest of the planned sites, of which a stage may have none). scores: bytes of a
-    number in compute -> what attention that makes matrices of scores needs; empty: it makes none, or no_scores says
-    what is not known. widened: what was done to make it of a model with fewer experts, empty for other models.
-    own_losses: coefficients of the losses of its own routers, by their names in the model's config. apart,
-    apart_frozen: trained and frozen parameters of another dtype than most of these, which FSDP leaves whole on every
-    rank; apart_bytes: per element of them. weights: all others, added up by their dim 0, along which FSDP cuts them;
-    empty if they are unknown. layers: what backward can compute again of each layer; empty for a bare graph. cut: how
-    it can be cut into stages, where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread
-    over ranks, which nothing else here counts, once they are planned.
+    residual stream, by the model's config (0: unknown). kept: what its layers keep for backward; None: unknown.
+    ffn_numbers: where that is unknown, what a dense FFN keeps, numbers per token (0: as the widest of the planned
+    sites, of which a stage may have none). widened: what was done to make it of a model with fewer experts, empty for
+    other models. own_losses: coefficients of the losses of its own routers, by their names in the model's config.
+    apart, apart_frozen: trained and frozen parameters of another dtype than most of these, which FSDP leaves whole on
+    every rank; apart_bytes: per element of them. weights: all others, added up by their dim 0, along which FSDP cuts
+    them; empty if they are unknown. layers: what backward can compute again of each layer; empty for a bare graph. cut:
+    how it can be cut into stages, where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are
+    spread over ranks, which nothing else here counts, once they are planned.
     """
 
     params_total: int
@@ -74,10 +73,8 @@ class ModelFacts:
     no_split: str = "the model has no tp_plan, which says how its weights are split"
     heads: Mapping[str, int] = field(default_factory=dict)
     d_model: int = 0
-    attention_numbers: int = 0
+    kept: Kept | None = field(default=None, compare=False, repr=False)
     ffn_numbers: int = 0
-    scores: Mapping[int, ScoresFact] = field(default_factory=dict)
-    no_scores: str = ""
     attention: tuple[AttentionFact, ...] = ()
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""
@@ -118,10 +115,11 @@ class CutFacts:
 @dataclass(frozen=True, kw_only=True)
 class LayerFact:
     """A layer: its path, and for each part of it (moecompile.plan.recompute) the paths of its modules in the layer. No
-    parts: only the whole layer can be computed again.
+    parts: only the whole layer can be computed again. kind: equal for layers that are alike.
     """
 
     path: str
+    kind: int = 0
     parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
@@ -181,17 +179,39 @@ class SplitFact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoresFact:
-    """Bytes of matrices of scores, of all heads, for each pair of a query and a key position of one sequence.
+class LayerKept:
+    """Bytes of a layer of the model for each token, without MoE layers that are planned in it.
 
-    kept: for backward, a mean over layers. made: beside that at most, at a time. is_split: whether the model's tp_plan
-    splits the heads. instead: implementations that the model has, too, and that make none.
+    width: its input. norms, attention, ffn: kept for backward inside of these parts; of norms, what need not be kept if
+    they are computed again. rest: kept outside of them, with what they are given. made: the most beside that at a time.
+    scores, scores_made: further bytes, kept in attention and made, for each pair of a query and a key position.
     """
 
-    kept: float
-    made: float
-    is_split: bool = False
-    instead: tuple[str, ...] = ()
+    width: float
+    rest: float
+    norms: float
+    attention: float
+    ffn: float
+    made: float = 0.0
+    scores: float = 0.0
+    scores_made: float = 0.0
+
+
+class Kept(Protocol):
+    """What the layers of a model keep, by their path, for (bytes of a number in compute, positions of a sequence,
+    sequences of a micro-batch).
+
+    makes_scores: whether attention makes matrices of scores. instead: implementations that the model has and that make
+    none. is_split: whether the model's tp_plan splits its heads. reason: why the answer was empty; empty: it was not.
+    """
+
+    makes_scores: bool
+    instead: tuple[str, ...]
+    is_split: bool
+    reason: str
+
+    def __call__(self, compute_bytes: int, seq_len: int, micro_batch_size: int) -> Mapping[str, LayerKept]:
+        """Empty if it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

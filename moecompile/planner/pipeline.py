@@ -278,6 +278,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
     ends, tied = {0, plan.pipeline.rank_with_loss}, facts.vocab_size * facts.d_model * bool(plan.pipeline.tied)
     if any(f"{fact.path}.weight" in chain(*plan.pipeline.tied) for fact in facts.split):
         tied //= plan.mesh.size(Part.WEIGHTS)
+    known = {fact.path: fact for fact in facts.layers}
     for index in range(plan.pipeline.ranks):
         stages = tuple(plan.pipeline.stages[i] for i in plan.pipeline.stages_of(index))
         is_last = stages[-1] is plan.pipeline.stages[-1]
@@ -290,8 +291,8 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
                 facts=replace(
                     without_tables(its, plan.lookups),
                     ffn_numbers=ffn_numbers(plan.layers),
-                    scores=facts.scores,
-                    no_scores=facts.no_scores,
+                    kept=facts.kept,
+                    layers=tuple(known[fact.path] for fact in its.layers),
                     adapters=_adapters(plan, facts, stages),
                 ),
                 stages=stages,
@@ -331,7 +332,8 @@ def _sizes(of: OfRank) -> object:
         of.mesh, tuple(layer.alike for layer in of.layers),
         replace(facts, frozen={}, linears={}, split=(), matrices={}, attention=(), weights=(), layers=()),
         sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()), weights,
-        sorted((split.kind, split.size, split.params, split.width) for split in facts.split), len(facts.layers),
+        sorted((split.kind, split.size, split.params, split.width) for split in facts.split),
+        sorted(fact.kind for fact in facts.layers),
     )  # fmt: skip
 
 

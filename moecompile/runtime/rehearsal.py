@@ -20,7 +20,7 @@ import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +32,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from moecompile.mesh import MeshSpec
 from moecompile.ops.baton import landed
@@ -40,7 +39,7 @@ from moecompile.ops.exchange import group_of
 from moecompile.ops.lookups import bytes_given
 from moecompile.ops.sizes import Load, under
 from moecompile.passes.base import on_an_axis
-from moecompile.passes.context_parallel import ON_A_GPU, attention_replaced, implementation_of
+from moecompile.passes.context_parallel import attention_of_a_gpu
 from moecompile.pipeline import plan_of
 from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.lookups import different
@@ -62,7 +61,6 @@ from moecompile.torch_private import (
     tree_leaves,
     watch_resizes,
     whole_shapes_unseen,
-    without_scores,
 )
 
 # -- what is seen of a rank -------------------------------------------------------------------------------------------
@@ -390,39 +388,6 @@ class Fake(Watch):
             return result
         dtype = args[0].dtype
         return 1.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
-
-
-@contextmanager
-def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
-    """Attention as a GPU computes it. A torch function mode would be off in backward, where layers compute again."""
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attend
-    is_on_a_gpu = implementation_of(model) in ON_A_GPU
-    try:
-        with attention_replaced(model, _attend_instead, has_masks=False) if is_on_a_gpu else nullcontext():
-            yield
-    finally:
-        F.scaled_dot_product_attention = before
-
-
-def _attend_instead(
-    inner: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: Tensor | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """In place of those that do not run without a GPU, and have no masks of all pairs; keys are repeated."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    output = _attend(query, key, value, attention_mask, is_causal=True, scale=others.get("scaling"))
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    if torch.is_autocast_enabled(query.device.type):
-        narrow = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (each.to(narrow) for each in (query, key, value))
-    return without_scores(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 @contextmanager

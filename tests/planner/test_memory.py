@@ -17,10 +17,10 @@ from moecompile.models.build import build_model, example_inputs
 from moecompile.ops.collect import Collected
 from moecompile.passes.shard import device_mesh_of, shard
 from moecompile.pipeline import compile_with_report, make_plan
-from moecompile.pipeline.facts import facts_of
+from moecompile.pipeline.captured import planning_facts
 from moecompile.plan import on_one_process
 from moecompile.planner import RunFacts
-from moecompile.planner.memory import RESIDUAL_NUMBERS, backward_bytes, left_bytes, moe_bytes, scores_bytes
+from moecompile.planner.memory import backward_bytes, layer_bytes, left_bytes, moe_bytes
 from moecompile.schema import Config
 from tests.distributed.harness import run_distributed_test
 from tests.tiny import Gated
@@ -75,38 +75,6 @@ def test_a_fused_layer_keeps_what_is_predicted(settings: list[str], precision: s
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-def _one_more_layer(name: str, **sizes: int) -> tuple[float, int]:
-    """Numbers per token that another layer keeps for backward, without its FFN; and what the planner says of them."""
-    import transformers
-
-    tokens, d_ff = 256, 512  # fewer take another kernel of attention
-    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": d_ff, "max_position_embeddings": 128, **sizes}
-    kept = []
-    for num_layers in (1, 2):
-        more = {"first_k_dense_replace": num_layers} if name == "DeepseekV3" else {}
-        config = getattr(transformers, f"{name}Config")(num_hidden_layers=num_layers, **sizes, **more)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
-        ids = torch.randint(0, 64, (2, tokens // 2))
-        run = partial(model.model, input_ids=ids, use_cache=False)
-        kept.append(kept_bytes(lambda run=run: run().last_hidden_state, [*model.parameters(), *model.buffers()]))
-    return (kept[1] - kept[0]) / 4 / tokens - 4 * d_ff, facts_of(model).attention_numbers
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 8}),
-        ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
-        ("Qwen3", {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
-        ("DeepseekV3", {"num_attention_heads": 8, "num_key_value_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "q_lora_rank": 192, "kv_lora_rank": 128}),
-        ("DeepseekV3", {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "q_lora_rank": 96, "kv_lora_rank": 64}),
-    ],
-)  # fmt: skip
-def test_attention_keeps_what_is_predicted(name: str, sizes: dict[str, int]) -> None:
-    measured, attention = _one_more_layer(name, **sizes)
-    assert RESIDUAL_NUMBERS * 256 + attention == pytest.approx(measured, rel=0.05)
-
-
 def swiglu(**changes: bool) -> nn.Module:
     """A Llama with experts of another kind where `changes` says so."""
     from tests.tiny import tiny_llama
@@ -131,6 +99,7 @@ def test_experts_of_the_model_are_counted_so_too() -> None:
 def _agrees(model: nn.Module, *, is_one_op: bool) -> None:
     config = compose_config(["data.seq_len=64", "trainer.checkpointing=none"])
     example = example_inputs(model, 8)
+    _, facts = planning_facts(model, config, example)
     compiled = compile_with_report(model, config, example=example)
     for graph in compiled.graphs["fused"].values():
         (call,) = [node for node in graph.graph.nodes if str(node.target).endswith("experts")]
@@ -138,10 +107,9 @@ def _agrees(model: nn.Module, *, is_one_op: bool) -> None:
     plan, run = compiled.plan, RunFacts(tokens_per_rank=4 * 64)
     assert [layer.fused for layer in plan.layers] == [is_one_op] * 2
     backward = backward_bytes(plan.layers[0], plan.mesh, RunFacts(tokens_per_rank=4 * 64, accumulation=4))
-    facts = facts_of(model, example)
-    scores = scores_bytes(plan.mesh, facts, RunFacts(tokens_per_rank=4 * 64, micro_batch_size=4))  # gpt-oss's are eager
-    rest = 256 * 4 * 2 * (6 * 32 + facts.attention_numbers) + max(256 * 4 * 3 * 61, backward, scores.made)
-    rest += 2 * scores.kept
+    layers = layer_bytes((), plan.mesh, facts, RunFacts(tokens_per_rank=4 * 64, micro_batch_size=4)).values()
+    rest = sum(of.kept(None) - of.ffn for of in layers)
+    rest += max(256 * 4 * 3 * 61, backward, *(of.made for of in layers))
     assert plan.estimate is not None
     found = plan.estimate.memory_bytes_per_rank.activations
     assert found == pytest.approx(rest + 2 * moe_bytes(plan.layers[0], plan.mesh, run))

@@ -1,0 +1,381 @@
+"""What the layers of a model keep for backward, and make for a while: counted by running their own code.
+
+Algorithm (`KeptLayers`):
+  1. One forward of a copy without values on the meta device, on sequences as long as those of the run, at most `LONG`.
+     Of layers that are alike one runs, and the arguments of its call are noted.
+  2. That one is called alone, forward and backward. What is alive between both, but its output, is kept; of each of its
+     parts what is alive after its call, but its output. The most at a time, above this, is made.
+     With one sequence and with several some kernels differ, with more of them none.
+  3. Where attention makes matrices of scores (`eager`), and for longer sequences, also with half as long ones: some
+     bytes grow with tokens, others with pairs of positions.
+
+Attention without such matrices is taken as a GPU computes it. Experts do not run (planner/memory.py has a formula of a
+planned MoE layer). Masks of a model are not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompile.capture import Example, call_with, in_mode
+from moecompile.capture.record import caches, one_sequence_in_a_row
+from moecompile.match.sites import may_be_experts
+from moecompile.passes.context_parallel import attention_of_a_gpu, implementation_of
+from moecompile.plan import ATTENTION, FFN, NORMS
+from moecompile.planner.params import LayerFact, LayerKept, SplitFact
+from moecompile.torch_private import TorchDispatchMode, tree_leaves, tree_map, without_values
+
+LONG = 8192
+"""Positions, with more of which bytes grow as they did before."""
+_IDS = "input_ids"
+_VALUES = ("attention_mask", "decoder_attention_mask", "position_ids", "labels")
+"""Arguments that a model does without: only their values say something."""
+_MAKES_SCORES = "eager"
+_INSTEAD = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+"""Implementation that makes no matrices of scores on a GPU -> whether a model has it."""
+_INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
+_SEVERAL = 2
+_LEAST_SHARE = 0.01  # of the bytes that grow with pairs, in all; less is rounding
+_DTYPES = {dtype.itemsize: dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+
+
+def dtype_of_most(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """The dtype of most numbers."""
+    sizes = Counter[torch.dtype]()
+    for parameter in parameters:
+        sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def kinds_of(layers: Sequence[nn.Module]) -> list[int]:
+    """A number for each layer, equal for those that are alike: modules, their weights' shapes and their settings."""
+    known: dict[Hashable, int] = {}
+    return [known.setdefault(_signature(layer), len(known)) for layer in layers]
+
+
+def _signature(layer: nn.Module) -> Hashable:
+    found: list[Hashable] = []
+    for name, module in layer.named_modules():
+        own = (
+            (key, value) for key, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and key not in _INDICES
+        )  # fmt: skip
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        found.append((name, type(module), *sorted(own), *((key, tensor.shape) for key, tensor in tensors)))
+    return tuple(found)
+
+
+class KeptLayers:
+    """`ModelFacts.kept`: bytes that each layer keeps, by its path; empty if that is unknown.
+
+    Attributes:
+        makes_scores: whether attention makes matrices of scores. instead: implementations that the model has and that
+            make none. is_split: whether the model's tp_plan splits its heads. reason: why nothing is known, once it was
+            asked for; empty: it is.
+
+    Args:
+        facts: of the model's layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Example | None, facts: Sequence[LayerFact], splits: Sequence[SplitFact] = ()
+    ) -> None:  # fmt: skip
+        self.makes_scores = implementation_of(model) == _MAKES_SCORES
+        self.instead = tuple(name for name, has in _INSTEAD.items() if getattr(model, has, False))
+        mixers = tuple(f"{fact.path}.{name}." for fact in facts for name in dict(fact.parts).get(ATTENTION, ()))
+        self.is_split = any(split.style == "colwise" and f"{split.path}.".startswith(mixers) for split in splits)
+        self.reason = ""
+        self._facts, self._known = facts, dict[tuple[int, int, int], Mapping[str, LayerKept]]()
+        self._model, self._ids, self._wide = None, dict[str, Any](), dict[str, torch.dtype]()
+        if isinstance(example, Mapping) and isinstance(example.get(_IDS), Tensor) and facts:
+            self._model, self._ids = without_values(model), {k: v for k, v in example.items() if k not in _VALUES}
+            most = dtype_of_most(model.parameters())
+            self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
+
+    def __call__(self, compute_bytes: int, seq_len: int, micro_batch_size: int) -> Mapping[str, LayerKept]:
+        """Of a run whose numbers have so many bytes, on so many sequences of `seq_len` positions."""
+        key = compute_bytes, seq_len, min(micro_batch_size, _SEVERAL)
+        if key not in self._known:
+            self._known[key] = self._counted(*key)
+        return self._known[key]
+
+    def _counted(self, compute_bytes: int, seq_len: int, batch: int) -> Mapping[str, LayerKept]:
+        if self._model is None:
+            return {}
+        model, length = self._model, min(seq_len, LONG)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._wide.get(name, _DTYPES[compute_bytes]))
+                parameter.requires_grad_()
+        try:
+            whole = self._of_batch(model, batch, length)
+            has_pairs = (self.makes_scores or seq_len > length) and length > 1
+            half = self._of_batch(model, batch, length // 2) if has_pairs else None
+        except Exception as error:  # code of the model that cannot do this: an estimate must not end a compilation
+            self.reason = type(error).__name__
+            return {}
+        by_kind = {kind: _fact(of, None if half is None else half[kind], batch, length) for kind, of in whole.items()}
+        return {fact.path: by_kind[fact.kind] for fact in self._facts if fact.kind in by_kind}
+
+    def _of_batch(self, model: nn.Module, batch: int, length: int) -> dict[int, _Bytes]:
+        ids = {name: _long(x, self._ids[_IDS].shape, batch, length) for name, x in self._ids.items()}
+        layers = [model.get_submodule(fact.path) for fact in self._facts]
+        with ExitStack() as stack:
+            stack.enter_context(attention_of_a_gpu(model))
+            stack.enter_context(in_mode(model, training=True))
+            stack.enter_context(caches(model, on=False))
+            stack.enter_context(one_sequence_in_a_row())
+            for module in filter(may_be_experts, model.modules()):
+                stack.enter_context(_replaced_by(module, _no_experts))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            calls = _calls_of(model, layers, [fact.kind for fact in self._facts], ids)  # Step 1
+            return {kind: _alone(call, self._parts(kind)) for kind, call in calls.items()}  # Step 2
+
+    def _parts(self, kind: int) -> dict[str, str]:
+        """Path in a layer of this kind -> the part that it belongs to."""
+        parts = next(fact.parts for fact in self._facts if fact.kind == kind)
+        return {path: part for part, paths in parts for path in paths}
+
+
+def _long(x: Any, of_ids: torch.Size, batch: int, length: int) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    shape = (batch if x.shape[:1] == of_ids[:1] else size for size in x.shape[:1])
+    rest = (length if size == of_ids[1] and not x.is_floating_point() else size for size in x.shape[1:])
+    return torch.empty(*shape, *rest, dtype=x.dtype, device="meta")
+
+
+# -- Step 1 -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """The call of a layer in a forward. times: how often one layer of its kind is called."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    times: int = 0
+
+
+def _calls_of(
+    model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int], ids: Mapping[str, Any]
+) -> dict[int, _Call]:
+    calls: dict[int, _Call] = {}
+
+    def note(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(kind, _Call(layer, args, kwargs))
+        calls[kind].times += calls[kind].layer is layer
+
+    def instead(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the first one of its kind, with the hidden states of this call."""
+        note(kind, layer, args, kwargs)
+        output = calls[kind].output
+        return _replaced(output, _hidden(output), _hidden((args, kwargs)))
+
+    with ExitStack() as stack:
+        for layer, kind in zip(layers, kinds, strict=True):
+            if kinds.index(kind) == layers.index(layer):
+                stack.callback(layer.register_forward_pre_hook(
+                    lambda layer, args, kwargs, kind=kind: note(kind, layer, args, kwargs), with_kwargs=True
+                ).remove)  # fmt: skip
+                stack.callback(layer.register_forward_hook(
+                    lambda layer, args, output, kind=kind: setattr(calls[kind], "output", output)
+                ).remove)  # fmt: skip
+            else:
+                function = partial(instead, kind, layer)
+                stack.enter_context(_replaced_by(layer, lambda *args, f=function, **kwargs: f(args, kwargs)))
+        with torch.no_grad():
+            call_with(model, ids)
+    return calls
+
+
+@contextmanager
+def _replaced_by(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _no_experts(*args: Any, **kwargs: Any) -> Tensor:
+    out: Tensor = _KeepsInput.apply(_hidden((args, kwargs)))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _KeepsInput(torch.autograd.Function):
+    """In place of experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """torch's."""
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """torch's."""
+        return torch.empty_like(*ctx.saved_tensors)
+
+
+def _hidden(values: Any) -> Tensor:
+    """The hidden states among arguments, or in an output."""
+    return next(x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
+    return tree_map(lambda x: new if x is old else x, values)
+
+
+# -- Step 2 -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Bytes:
+    """Of a layer: as in `LayerKept`, of all tokens."""
+
+    width: float = 0.0
+    rest: float = 0.0
+    norms: float = 0.0
+    attention: float = 0.0
+    ffn: float = 0.0
+    made: float = 0.0
+
+
+@dataclass
+class _Part:
+    """What a part of a layer has kept in its calls, with what it returned beside hidden states. before: bytes when it
+    was called. inputs, outputs: what it was given, and returned beside hidden states, and the bytes of these.
+    """
+
+    kept: int = 0
+    before: int = 0
+    inputs: list[tuple[weakref.ref[torch.UntypedStorage], int]] = field(default_factory=list)
+    outputs: list[tuple[weakref.ref[torch.UntypedStorage], int]] = field(default_factory=list)
+
+
+def _alone(call: _Call, parts: Mapping[str, str]) -> _Bytes:
+    given = _hidden((call.args, call.kwargs))
+    leaf = torch.empty_like(given).requires_grad_()
+    there = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+    there += [leaf, *call.layer.parameters(), *call.layer.buffers()]
+    found: dict[str, _Part] = {}
+    with _LiveBytes(there) as live, ExitStack() as stack:
+        for path in parts:
+            stack.enter_context(_watched(call.layer.get_submodule(path), found.setdefault(path, _Part()), live))
+        output = _output_of(call, given, leaf)
+        own = live.bytes_of(output)
+        kept, most = live.now - own, live.most
+        inside: Counter[str] = Counter()
+        for path, part in found.items():
+            inside[parts[path]] += part.kept - _gone(part.outputs)
+            if parts[path] == NORMS:  # to compute one again, what it was given must be there
+                inside[NORMS] -= _gone(part.inputs)
+        live.most = live.now
+        output.backward(torch.empty_like(output), inputs=[leaf])  # gradients of weights are planned otherwise
+        made = max(most - kept, live.most - kept - own)
+    return _Bytes(
+        width=given.numel() * given.element_size(), rest=call.times * (kept - inside.total()),
+        norms=call.times * inside[NORMS], attention=call.times * inside[ATTENTION], ffn=call.times * inside[FFN],
+        made=made,
+    )  # fmt: skip
+
+
+def _gone(storages: Iterable[tuple[weakref.ref[torch.UntypedStorage], int]]) -> int:
+    """Bytes of those that nobody holds any more."""
+    return sum(size for storage, size in storages if storage() is None)
+
+
+def _output_of(call: _Call, given: Tensor, leaf: Tensor) -> Tensor:
+    """Of a call with hidden states that nobody else holds."""
+    args, kwargs = _replaced((call.args, call.kwargs), given, leaf.clone())
+    return _hidden(call.layer(*args, **kwargs))
+
+
+@contextmanager
+def _watched(module: nn.Module, part: _Part, live: _LiveBytes) -> Iterator[None]:
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        part.inputs += [(weakref.ref(x), live.bytes_of(x)) for x in _storages((args, kwargs)) if live.bytes_of(x)]
+        part.before = live.now
+
+    def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden, given = _hidden(output).untyped_storage(), _storages((args, kwargs))
+        made = [x for x in _storages(output) if not any(x is other for other in given)]
+        part.kept += live.now - part.before - sum(live.bytes_of(x) for x in made if x is hidden)
+        part.outputs += [(weakref.ref(x), live.bytes_of(x)) for x in made if x is not hidden]
+
+    hooks = (
+        module.register_forward_pre_hook(called, with_kwargs=True),
+        module.register_forward_hook(left, with_kwargs=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    found = (x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor))
+    return list({id(storage): storage for storage in found}.values())
+
+
+def _fact(whole: _Bytes, half: _Bytes | None, batch: int, length: int) -> LayerKept:
+    """Per token and per pair of positions (step 3); together exact for sequences of this length."""
+    of_token, of_pair = dict[str, float](), dict[str, float]()
+    for each in fields(whole):
+        all_of_it, twice = (times * getattr(of, each.name) / batch for times, of in ((1, whole), (2, half or whole)))
+        squared = max(0.0, 2 * (all_of_it - twice)) if half is not None else 0.0  # b x^2, of a x + b x^2
+        squared = min(squared, all_of_it) if squared > _LEAST_SHARE * all_of_it else 0.0
+        of_token[each.name], of_pair[each.name] = (all_of_it - squared) / length, squared / length**2
+    made = of_pair.pop("made")
+    return LayerKept(**of_token, scores=sum(of_pair.values()), scores_made=made)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the memory of what ops make while it is active: now, and the most at a time. there: tensors that are not
+    counted, nor views of them.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._there = {id(storage): storage for storage in (x.untyped_storage() for x in there)}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def bytes_of(self, of: Tensor | torch.UntypedStorage) -> int:
+        """Of a tensor or storage; 0: it is not counted."""
+        storage = of.untyped_storage() if isinstance(of, Tensor) else of
+        return storage.nbytes() if id(storage) in self._known else 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch's."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or key in self._there:
+            return
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.most = max(self.most, self.now)

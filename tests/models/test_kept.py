@@ -1,0 +1,285 @@
+"""What layers keep for backward, counted on the meta device, against what autograd saves in a real forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moecompile.capture import layers_of
+from moecompile.compose import compose_config
+from moecompile.mesh import MeshSpec
+from moecompile.passes.context_parallel import configs_of
+from moecompile.pipeline.captured import planning_facts
+from moecompile.pipeline.facts import facts_of
+from moecompile.pipeline.kept import LONG as LONGEST
+from moecompile.pipeline.kept import KeptLayers, kinds_of
+from moecompile.plan import FFN
+from moecompile.planner import ModelFacts, RunFacts
+from moecompile.planner.memory import activations, largest_in_words, layer_bytes, memory_of_fullest_rank
+from moecompile.planner.params import LayerFact, LayerKept, SplitFact
+from moecompile.torch_private import tree_leaves
+from tests.architectures import inputs_of, model_of
+from tests.existing_models import moe_model
+from tests.runtime.test_rehearsal import described, no_group, rehearsed, rows_of
+from tests.tasks.test_families import family
+from tests.tiny import ids, tiny_llama
+
+LENGTH = 256
+LONG = {"max_position_embeddings": 512}
+
+
+def saved(model: nn.Module, name: str, batch: int, *, without: str = "") -> int:
+    """Bytes that autograd saves in the layers."""
+    return _saved(model, inputs_of(name, ids(batch, LENGTH)), without)
+
+
+def _saved(model: nn.Module, inputs: dict[str, Tensor], without: str) -> int:
+    """By storage: not those of weights, nor what all layers are given, nor inside of modules of this name, but for
+    their input.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    held: list[object] = []  # or another would come to lie there
+    skipped = {module for path, module in model.named_modules() if without and path.rpartition(".")[2] == without}
+    counts = [False]  # of the modules that run, the innermost last
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if counts[-1] and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        held.extend(given)
+        hidden, *others = (x.untyped_storage() for x in given)
+        if module in skipped:
+            found[hidden.data_ptr()] = hidden.nbytes()
+        else:
+            known.update({x.data_ptr() for x in others} - {hidden.data_ptr()})
+        counts.append(module not in skipped)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        counts.pop()
+
+    with ExitStack() as stack:
+        for module in (*layers_of(model), *skipped):
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        output = model(**inputs)
+    del output
+    return sum(found.values())
+
+
+def counted(model: nn.Module, name: str, batch: int, *, with_ffn: bool) -> float:
+    """The same, by `KeptLayers`."""
+    facts = planning_facts(model, compose_config(["experts.sites=auto"]), inputs_of(name))[1]
+    number = next(model.parameters()).element_size()
+    assert facts.kept is not None
+    kept = facts.kept(number, LENGTH, batch)
+    assert kept.keys() == {fact.path for fact in facts.layers}, facts.kept.reason
+    of_token = sum(of.rest + of.norms + of.attention + of.ffn * with_ffn for of in kept.values())
+    return batch * LENGTH * (of_token + LENGTH * sum(of.scores for of in kept.values()))
+
+
+def eager(model: nn.Module) -> nn.Module:
+    for config in configs_of(model):
+        config._attn_implementation = "eager"
+    return model
+
+
+def bert(rate: float = 0.0, **changes: Any) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=64, attention_probs_dropout_prob=rate, hidden_dropout_prob=0.0, **changes)
+    return eager(BertForMaskedLM(config))
+
+
+def albert() -> nn.Module:
+    """One layer that runs four times."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    rates = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    return eager(AlbertForMaskedLM(AlbertConfig(**sizes, **rates, vocab_size=64, embedding_size=16)))
+
+
+DENSE: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: model_of("llama", **LONG),
+    "llama, eager": lambda: eager(model_of("llama", **LONG)),
+    "qwen3": lambda: model_of("qwen3", **LONG),
+    "gpt_neox": lambda: model_of("gpt_neox", **LONG),
+    "gemma2": lambda: model_of("gemma2", **LONG),
+    "t5": lambda: eager(model_of("t5", dropout_rate=0.0)),
+    "bert": bert,
+    "bert with dropout": lambda: bert(0.1),
+    "albert": albert,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_model_saves_what_is_counted(name: str, dtype: torch.dtype) -> None:
+    model = DENSE[name]().to(dtype).train()
+    for batch in (1, 2):
+        found = saved(model, name, batch)
+        assert counted(model, name, batch, with_ffn=True) == pytest.approx(found, rel=0.01)
+
+
+EXPERTS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": lambda: moe_model("mixtral", **LONG),
+    "gpt_oss": lambda: moe_model("gpt_oss", **LONG),  # eager, with sinks
+    "deepseek_v3": lambda: moe_model("deepseek_v3", **LONG, v_head_dim=16),  # with others a CPU makes scores
+    "qwen3_moe": lambda: moe_model("qwen3_moe", **LONG),
+    "afmoe": lambda: family("afmoe"),  # windows, which are masks
+    "qwen3_next": lambda: family("qwen3_next"),  # a recurrence in three of four layers
+    "deepseek_v4": lambda: family("deepseek_v4"),  # four residual streams, keys that are compressed
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_model_with_experts_saves_what_is_counted(name: str, dtype: torch.dtype) -> None:
+    """All but what the experts, their router and shared experts save."""
+    model = EXPERTS[name]().to(dtype).train()
+    for batch in (1, 2):
+        found = saved(model, name, batch, without="mlp")
+        assert counted(model, name, batch, with_ffn=False) == pytest.approx(found, rel=0.01)
+
+
+def test_layers_are_alike_if_only_their_place_differs() -> None:
+    llama, qwen, gemma = (list(layers_of(DENSE[name]())) for name in ("llama", "qwen3", "gemma2"))
+    assert kinds_of([*llama, *qwen]) == [0, 0, 1, 1]
+    assert kinds_of(gemma) == [0, 1]  # every other one has a window
+    llama[1].self_attn.scaling = 0.5
+    assert kinds_of(llama) == [0, 1]
+
+
+def test_scores_of_four_heads_by_hand() -> None:
+    kept = facts_of(eager(tiny_llama(num_attention_heads=4, **LONG)), {"input_ids": ids()}).kept
+    assert kept is not None and kept.makes_scores and kept.instead == ("sdpa", "flex_attention") and not kept.is_split
+    scores = {size: {round(of.scores / 4, 1) for of in kept(size, 4096, 1).values()} for size in (2, 4, 8)}
+    assert scores == {2: {6}, 4: {4}, 8: {12}}  # softmax is in fp32
+    plain = facts_of(tiny_llama(), {"input_ids": ids()}).kept
+    assert plain is not None and not plain.makes_scores and {of.scores for of in plain(4, 4096, 1).values()} == {0}
+    q_proj = SplitFact(
+        path="model.layers.0.self_attn.q_proj", pattern="", style="colwise", kind="linear", size=1, size_name="",
+        params=1, site=None,
+    )  # fmt: skip
+    model = eager(tiny_llama())
+    assert (
+        KeptLayers(model, {"input_ids": ids()}, facts_of(model).layers, (q_proj,)).is_split is False
+    )  # no parts known
+    parts = facts_of(model, {"input_ids": ids()}, None).layers
+    named = tuple(replace(fact, parts=(("attention", ("self_attn",)),)) for fact in parts)
+    assert KeptLayers(model, {"input_ids": ids()}, named, (q_proj,)).is_split
+
+
+def test_longer_sequences_grow_as_those_that_are_run() -> None:
+    kept = facts_of(eager(tiny_llama(**LONG)), {"input_ids": ids()}).kept
+    assert kept is not None
+    (short, *_), (long, *_) = kept(4, LONGEST, 1).values(), kept(4, 16 * LONGEST, 1).values()
+    assert long == short and long.scores > 0
+    other = facts_of(tiny_llama(), {"input_ids": ids()}).kept
+    assert other is not None
+    (short, *_), (long, *_) = other(4, 64, 1).values(), other(4, 4 * LONGEST, 1).values()
+    assert long.attention == pytest.approx(short.attention)
+
+
+def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise IndexError
+
+    facts = facts_of(eager(tiny_llama()), {"input_ids": ids()})
+    run = RunFacts(tokens_per_rank=64, compute_bytes=4)
+    with mock.patch("moecompile.pipeline.kept._alone", broken):
+        text = largest_in_words(memory_of_fullest_rank((), MeshSpec(), facts, run), (), MeshSpec(), facts, run)
+    says = ". What its layers keep is taken as Llama's, without the scores of eager attention: their code needs values "
+    assert text.endswith(f"{says}(IndexError)")
+    assert facts_of(tiny_llama()).kept is None  # without an example
+
+
+@dataclass
+class Said:
+    """A `Kept` whose layers are all like this one."""
+
+    of: LayerKept
+    makes_scores: bool = True
+    instead: tuple[str, ...] = ()
+    is_split: bool = False
+    reason: str = ""
+
+    def __call__(self, compute_bytes: int, seq_len: int, micro_batch_size: int) -> dict[str, LayerKept]:
+        return {f"layers.{i}": self.of for i in range(3)}
+
+
+WITHOUT = LayerKept(width=32, rest=100, norms=50, attention=70, ffn=40, made=5)
+SCORES = replace(WITHOUT, scores=10, scores_made=20)
+LAYERS = tuple(LayerFact(path=f"layers.{i}", parts=((FFN, ("mlp",)),)) for i in range(3))
+
+
+def test_advice_is_what_is_possible_here() -> None:
+    kept = Said(replace(SCORES, scores_made=2e6), instead=("sdpa", "flex_attention"))
+    facts = ModelFacts(params_total=1, num_layers=3, layers=LAYERS, kept=kept)
+    run = RunFacts(tokens_per_rank=64, compute_bytes=4, checkpointing="full")
+
+    def said(mesh: MeshSpec) -> str:
+        return largest_in_words(memory_of_fullest_rank((), mesh, facts, run), (), mesh, facts, run)
+
+    assert said(MeshSpec(device="cuda")).endswith("; model.attention=sdpa or flex_attention makes none")
+    for mesh in (MeshSpec(), MeshSpec(device="cuda", ranks_per_node=2, cp=2)):
+        assert said(mesh).endswith("; model.attention=sdpa makes none")
+
+
+def test_bytes_of_a_rank() -> None:
+    facts = ModelFacts(params_total=1, num_layers=3, layers=LAYERS, kept=Said(SCORES, is_split=True))
+    run = RunFacts(tokens_per_rank=64, compute_bytes=4, micro_batch_size=2)  # two sequences of 32
+    (of,) = set(layer_bytes((), MeshSpec(), facts, run).values())
+    pairs = 2 * 32**2
+    assert (of.scores, of.attention, of.made) == (10 * pairs, 70 * 64 + 10 * pairs, 5 * 64 + 20 * pairs)
+    (of,) = set(
+        layer_bytes((), MeshSpec(ranks_per_node=4, tp=2, cp=2), facts, replace(run, tokens_per_rank=32)).values()
+    )
+    assert (of.scores, of.width, of.ffn) == (10 * pairs / 4, 32 * 32, 40 * 32)
+
+
+def test_memory_of_layers_that_keep_all_or_are_computed_again() -> None:
+    facts = ModelFacts(params_total=1, num_layers=3, layers=LAYERS, kept=Said(SCORES))
+
+    def made(**changes: Any) -> float:
+        run = RunFacts(tokens_per_rank=1000, compute_bytes=4, micro_batch_size=1, **changes)
+        return activations((), MeshSpec(), facts, run).peak / 1000
+
+    layer = 100 + 50 + 70 + 40 + 10 * 1000
+    assert made(checkpointing="none") == 3 * layer + 5 + 20 * 1000
+    assert made(checkpointing="full") == 3 * 32 + layer + 5 + 20 * 1000
+    assert made(checkpointing="none", in_flight=2) == 6 * layer + 5 + 20 * 1000
+
+
+LONG_RUN = [
+    "model.config.num_hidden_layers=2", "data.seq_len=2048", "data.micro_batch_size=1", "data.global_batch_size=8",
+    "mesh=cpu_1x4", "data.vocab_size=300", "trainer.progress_bar=false",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_rank_holds_the_scores_that_are_planned(checkpointing: str, tmp_path: Path) -> None:
+    """Most of its memory is scores."""
+    base = ["model=llama_nano", "model.attention=eager", f"trainer.checkpointing={checkpointing}", *LONG_RUN]
+    config, plan, facts, run = described([], base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert max(of.made for of in layer_bytes(plan.layers, plan.mesh, facts, run).values()) > peak.planned / 3
+    assert peak.seen == pytest.approx(peak.planned, rel=0.08)
