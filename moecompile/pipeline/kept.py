@@ -1,15 +1,15 @@
 """What the layers of a model keep for backward, and make for a while: counted by running their own code.
 
 Algorithm (`KeptLayers`):
-  1. One forward of a copy without values on the meta device, on sequences as long as those of the run, at most `LONG`.
-     Of layers that are alike one runs, and the arguments of its call are noted.
+  1. One forward of a copy without values on the meta device, on a micro-batch of sequences as long as those of the run,
+     at most `LONG`. Of layers that are alike one runs, and the arguments of its call are noted.
   2. That one is called alone, forward and backward. What is alive between both, but its output, is kept; of each of its
      parts what is alive after its call, but its output. The most at a time, above this, is made.
-     With one sequence and with several some kernels differ, with more of them none.
   3. Where attention makes matrices of scores (`eager`), and for longer sequences, also with half as long ones: some
      bytes grow with tokens, others with pairs of positions.
 
-Attention without such matrices is taken as a GPU computes it. Experts do not run (planner/memory.py has a formula of a
+Autocast does not know the meta device; under it tensors are fake ones of a CPU. Attention without matrices of scores is
+taken as a GPU computes it. Experts do not run (planner/memory.py has a formula of a
 planned MoE layer). Masks of a model are not counted.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from moecompile.match.sites import may_be_experts
 from moecompile.passes.context_parallel import attention_of_a_gpu, implementation_of
 from moecompile.plan import ATTENTION, FFN, NORMS
 from moecompile.planner.params import LayerFact, LayerKept, SplitFact
-from moecompile.torch_private import TorchDispatchMode, tree_leaves, tree_map, without_values
+from moecompile.torch_private import TorchDispatchMode, fake_values, tree_leaves, tree_map, without_values
 
 LONG = 8192
 """Positions, with more of which bytes grow as they did before."""
@@ -43,7 +43,6 @@ _MAKES_SCORES = "eager"
 _INSTEAD = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 """Implementation that makes no matrices of scores on a GPU -> whether a model has it."""
 _INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
-_SEVERAL = 2
 _LEAST_SHARE = 0.01  # of the bytes that grow with pairs, in all; less is rounding
 _DTYPES = {dtype.itemsize: dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
@@ -94,40 +93,57 @@ class KeptLayers:
         mixers = tuple(f"{fact.path}.{name}." for fact in facts for name in dict(fact.parts).get(ATTENTION, ()))
         self.is_split = any(split.style == "colwise" and f"{split.path}.".startswith(mixers) for split in splits)
         self.reason = ""
-        self._facts, self._known = facts, dict[tuple[int, int, int], Mapping[str, LayerKept]]()
+        self._facts, self._known = facts, dict[tuple[int, int, int, bool], Mapping[str, LayerKept]]()
         self._model, self._ids, self._wide = None, dict[str, Any](), dict[str, torch.dtype]()
         if isinstance(example, Mapping) and isinstance(example.get(_IDS), Tensor) and facts:
             self._model, self._ids = without_values(model), {k: v for k, v in example.items() if k not in _VALUES}
             most = dtype_of_most(model.parameters())
             self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
 
-    def __call__(self, compute_bytes: int, seq_len: int, micro_batch_size: int) -> Mapping[str, LayerKept]:
-        """Of a run whose numbers have so many bytes, on so many sequences of `seq_len` positions."""
-        key = compute_bytes, seq_len, min(micro_batch_size, _SEVERAL)
+    def __call__(
+        self, compute_bytes: int, seq_len: int, micro_batch_size: int, is_mixed: bool
+    ) -> Mapping[str, LayerKept]:  # fmt: skip
+        """Of a run whose numbers have so many bytes (is_mixed: with autocast to bf16), on so many sequences."""
+        key = compute_bytes, seq_len, micro_batch_size, is_mixed
         if key not in self._known:
             self._known[key] = self._counted(*key)
         return self._known[key]
 
-    def _counted(self, compute_bytes: int, seq_len: int, batch: int) -> Mapping[str, LayerKept]:
+    def _counted(self, compute_bytes: int, seq_len: int, batch: int, is_mixed: bool) -> Mapping[str, LayerKept]:
         if self._model is None:
             return {}
-        model, length = self._model, min(seq_len, LONG)
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(self._wide.get(name, _DTYPES[compute_bytes]))
-                parameter.requires_grad_()
+        length = min(seq_len, LONG)
+        has_pairs = (self.makes_scores or seq_len > length) and length > 1
         try:
-            whole = self._of_batch(model, batch, length)
-            has_pairs = (self.makes_scores or seq_len > length) and length > 1
-            half = self._of_batch(model, batch, length // 2) if has_pairs else None
+            with _mixed() if is_mixed else nullcontext("meta") as device:
+                model = self._on(device, _DTYPES[compute_bytes])
+                whole = self._of_batch(model, batch, length)
+                half = self._of_batch(model, batch, length // 2) if has_pairs else None
         except Exception as error:  # code of the model that cannot do this: an estimate must not end a compilation
             self.reason = type(error).__name__
             return {}
         by_kind = {kind: _fact(of, None if half is None else half[kind], batch, length) for kind, of in whole.items()}
         return {fact.path: by_kind[fact.kind] for fact in self._facts if fact.kind in by_kind}
 
+    def _on(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """The model with new weights of this dtype; those of another one than most keep theirs."""
+        assert self._model is not None
+        model = without_values(self._model)
+        for module_path, module in model.named_modules():
+            for registry in (module._parameters, module._buffers):
+                for name, old in registry.items():
+                    if old is None:
+                        continue
+                    is_weight = isinstance(old, nn.Parameter)
+                    path = f"{module_path}.{name}" if module_path else name
+                    kind = self._wide.get(path, dtype) if is_weight and old.is_floating_point() else old.dtype
+                    new = torch.empty(old.shape, dtype=kind, device=device)
+                    registry[name] = nn.Parameter(new, kind.is_floating_point) if is_weight else new
+        return model
+
     def _of_batch(self, model: nn.Module, batch: int, length: int) -> dict[int, _Bytes]:
-        ids = {name: _long(x, self._ids[_IDS].shape, batch, length) for name, x in self._ids.items()}
+        device = next(model.parameters()).device
+        ids = {name: _long(x, self._ids[_IDS].shape, batch, length, device) for name, x in self._ids.items()}
         layers = [model.get_submodule(fact.path) for fact in self._facts]
         with ExitStack() as stack:
             stack.enter_context(attention_of_a_gpu(model))
@@ -146,12 +162,19 @@ class KeptLayers:
         return {path: part for part, paths in parts for path in paths}
 
 
-def _long(x: Any, of_ids: torch.Size, batch: int, length: int) -> Any:
+@contextmanager
+def _mixed() -> Iterator[str]:
+    """Inside, tensors are fake ones under autocast; on which device."""
+    with fake_values(), torch.autocast("cpu", torch.bfloat16):
+        yield "cpu"
+
+
+def _long(x: Any, of_ids: torch.Size, batch: int, length: int, device: torch.device) -> Any:
     if not isinstance(x, Tensor):
         return x
     shape = (batch if x.shape[:1] == of_ids[:1] else size for size in x.shape[:1])
     rest = (length if size == of_ids[1] and not x.is_floating_point() else size for size in x.shape[1:])
-    return torch.empty(*shape, *rest, dtype=x.dtype, device="meta")
+    return torch.empty(*shape, *rest, dtype=x.dtype, device=device)
 
 
 # -- Step 1 -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ ranks use.
 
 A1. One layer, without its input.
        dense FFN      = a T 2 n d_ff                                 into and out of the activation
-       MoE, unfused   = a T (K (2 D + 2 n F) + 2 n S + 2 E)          rows in and out, hidden rows; router logits, scores
+       MoE, unfused   = b T (K (2 D + 2 n F) + 2 n S) + a T 2 E      rows in and out, hidden rows; router logits, scores
        MoE, fused     = b K T 2 F + a T 2 n S + T (4 E + 36 K + 12)  what precedes the activation; fp32 scores; ids,
                         + x                                          sources, order and weights of the assignments
        latent width   + a T L (1 + [fused, without exchanges])       input of the projection up; rows of the experts
@@ -511,7 +511,7 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
     """Path of each layer of the model -> what it can keep; layers that are in no list have a number."""
     tokens = run.tokens_per_rank
     seq_len = tokens * mesh.size(Part.SEQUENCE) // run.micro_batch_size
-    kept = {} if facts.kept is None else facts.kept(run.compute_bytes, seq_len, run.micro_batch_size)
+    kept = {} if facts.kept is None else facts.kept(run.compute_bytes, seq_len, run.micro_batch_size, run.is_mixed)
     is_split = facts.kept is not None and facts.kept.is_split
     pairs = tokens * seq_len / (mesh.size(Part.WEIGHTS) if is_split else 1)
     others = _as_llama(layers, facts, run)
@@ -572,17 +572,16 @@ def moe_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     site, experts, top_k = layer.row_site, layer.experts, rows_per_token(layer, run)
     tokens = tokens_of_a_rank(mesh, run)
     hidden, latent = 2 * site.num_in_projections, _latent_bytes(layer, run) * tokens
-    if not layer.fused:
-        routed = top_k * (2 * site.d_model + hidden * experts.d_expert)
-        return run.compute_bytes * tokens * (routed + hidden * experts.d_shared + 2 * experts.num_routed) + latent
     narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
-    saved = latent + narrow * top_k * tokens * 2 * experts.d_expert
+    copies = BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank if run.is_mixed else 0
+    if not layer.fused:
+        routed = top_k * (2 * site.d_model + hidden * experts.d_expert) + hidden * experts.d_shared
+        return tokens * (narrow * routed + run.compute_bytes * 2 * experts.num_routed) + latent + copies
+    saved = latent + copies + narrow * top_k * tokens * 2 * experts.d_expert
     saved += run.compute_bytes * tokens * hidden * experts.d_shared
     saved += tokens * (FP32_BYTES * experts.num_routed + ASSIGNMENT_BYTES * layer.routing.top_k + TOKEN_BYTES)
     if isinstance(site, FFNSite) and run.compute_bytes < FP32_BYTES:
         saved += FP32_BYTES * tokens * layer.site.d_model
-    if run.is_mixed:
-        saved += BF16_BYTES * 3 * site.d_model * experts.d_expert * layer.placement.experts_per_rank
     if layer.dispatch.exchanges:
         return saved + narrow * tokens * exchanged(layer, mesh) / 2 * row_load(layer, run)
     return saved + (narrow * tokens * site.d_model if run.is_mixed else 0)

@@ -199,7 +199,7 @@ class LayerKept:
 
 class Kept(Protocol):
     """What the layers of a model keep, by their path, for (bytes of a number in compute, positions of a sequence,
-    sequences of a micro-batch).
+    sequences of a micro-batch, whether matmuls run in bf16 under autocast).
 
     makes_scores: whether attention makes matrices of scores. instead: implementations that the model has and that make
     none. is_split: whether the model's tp_plan splits its heads. reason: why the answer was empty; empty: it was not.
@@ -210,7 +210,9 @@ class Kept(Protocol):
     is_split: bool
     reason: str
 
-    def __call__(self, compute_bytes: int, seq_len: int, micro_batch_size: int) -> Mapping[str, LayerKept]:
+    def __call__(
+        self, compute_bytes: int, seq_len: int, micro_batch_size: int, is_mixed: bool
+    ) -> Mapping[str, LayerKept]:  # fmt: skip
         """Empty if it is unknown."""
 
 

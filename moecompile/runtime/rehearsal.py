@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from moecompile.capture.record import one_sequence_in_a_row
 from moecompile.mesh import MeshSpec
 from moecompile.ops.baton import landed
 from moecompile.ops.exchange import group_of
@@ -456,6 +457,7 @@ def rehearse(
         stack.enter_context(variables_of(rank, mesh))
         if mesh.device != "cpu":
             stack.enter_context(attention_of_a_gpu(model))
+        stack.enter_context(one_sequence_in_a_row())
 
         def begin(device: torch.device) -> None:  # Step 2
             load.received = _received(model, load)

@@ -103,5 +103,5 @@ def test_the_example_is_short_and_sequences_are_long() -> None:
     """A plan's example has at most 512 tokens; pairs are those of the sequences of training."""
     model = source_model(compose_config(["model.attention=eager"]))
     kept = [facts_of(model, example_inputs(model, length)).kept for length in (64, 512)]
-    short, long = ({of.scores for of in each(4, 1024, 1).values()} for each in kept if each is not None)
+    short, long = ({of.scores for of in each(4, 1024, 1, False).values()} for each in kept if each is not None)
     assert short == long and min(long) > 0
