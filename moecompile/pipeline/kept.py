@@ -129,16 +129,13 @@ class KeptLayers:
         """The model with new weights of this dtype; those of another one than most keep theirs."""
         assert self._model is not None
         model = without_values(self._model)
-        for module_path, module in model.named_modules():
-            for registry in (module._parameters, module._buffers):
-                for name, old in registry.items():
-                    if old is None:
-                        continue
-                    is_weight = isinstance(old, nn.Parameter)
-                    path = f"{module_path}.{name}" if module_path else name
-                    kind = self._wide.get(path, dtype) if is_weight and old.is_floating_point() else old.dtype
-                    new = torch.empty(old.shape, dtype=kind, device=device)
-                    registry[name] = nn.Parameter(new, kind.is_floating_point) if is_weight else new
+        for path, module in model.named_modules():
+            for name, old in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty(old.shape, dtype=old.dtype, device=device))
+            for name, old in [*module.named_parameters(recurse=False)]:
+                own = self._wide.get(f"{path}.{name}" if path else name, dtype)
+                new = torch.empty(old.shape, dtype=own if old.is_floating_point() else old.dtype, device=device)
+                setattr(module, name, nn.Parameter(new, requires_grad=old.is_floating_point()))
         return model
 
     def _of_batch(self, model: nn.Module, batch: int, length: int) -> dict[int, _Bytes]:

@@ -79,7 +79,7 @@ A2. All layers. What one keeps outside of its MoE layer, and makes for a while b
                                       again = the largest part that is computed again
        Exchanges that are sent again are not kept.
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
-       backward = a T (2 (K + 1) D + K F) + w                                                   -> `backward_bytes`
+       backward = b T K (2 D + F) + a T 2 D + w                                                 -> `backward_bytes`
    Where gradients of whole layers are kept, those of its experts are made beside them: w = a P_e / ep of the layer,
    else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
    (passes/delay_gradients.py). What they need is kept until then, one layer at a time:
@@ -599,12 +599,14 @@ def _latent_bytes(layer: LayerPlan, run: RunFacts) -> float:
 def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     """Step A3."""
     top_k, experts = rows_per_token(layer, run), layer.experts
-    numbers = 2 * (top_k + 1) * layer.row_site.d_model + top_k * experts.d_expert
+    narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
+    rows = narrow * top_k * (2 * layer.row_site.d_model + experts.d_expert)
+    of_token = rows + run.compute_bytes * 2 * layer.row_site.d_model
     made = 0
     if run.keeps_whole_grads:
         stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
         made = stack * layer.placement.experts_per_rank * run.compute_bytes
-    return numbers * tokens_of_a_rank(mesh, run) * run.compute_bytes + made + left_bytes(layer, mesh, run)
+    return of_token * tokens_of_a_rank(mesh, run) + made + left_bytes(layer, mesh, run)
 
 
 def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
