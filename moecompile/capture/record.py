@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from moecompile.errors import CaptureError
-from moecompile.torch_private import tree_leaves, version_of
+from moecompile.torch_private import is_fake, tree_leaves, version_of
 
 # -- caches of transformers' models, which their configs switch on and off --------------------------------------------
 
@@ -352,7 +352,11 @@ def one_sequence_in_a_row() -> Iterator[None]:
     if masks is None or looks is None:
         yield
         return
-    masks.find_packed_sequence_indices = lambda *_, **__: None  # type: ignore[attr-defined]
+
+    def find(position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return None if position_ids.is_meta or is_fake(position_ids) else looks(position_ids, *args, **kwargs)
+
+    masks.find_packed_sequence_indices = find  # type: ignore[attr-defined]
     try:
         yield
     finally:

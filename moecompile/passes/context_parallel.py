@@ -33,7 +33,7 @@ from moecompile.nn.padding import padding_of
 from moecompile.nn.stages import passage_of
 from moecompile.plan import Plan
 from moecompile.schema import ModelAttention
-from moecompile.torch_private import without_scores
+from moecompile.torch_private import is_fake, without_scores
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' implementations of attention that take any heads and whole masks."""
@@ -162,7 +162,11 @@ def eager_on_meta(model: nn.Module) -> Iterator[None]:
 def attention_of_a_gpu(model: nn.Module) -> Iterator[None]:
     """Attention as a GPU computes it. A torch function mode would be off in backward, where layers compute again."""
     before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attend
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_attend if query.is_meta or is_fake(query) else before)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attend
     is_on_a_gpu = implementation_of(model) in ON_A_GPU
     try:
         with attention_replaced(model, _attend_instead, has_masks=False) if is_on_a_gpu else nullcontext():

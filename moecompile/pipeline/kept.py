@@ -16,11 +16,13 @@ planned MoE layer). Masks of a model are not counted.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,7 +38,11 @@ from moecompile.torch_private import TorchDispatchMode, fake_values, tree_leaves
 
 LONG = 8192
 """Positions, with more of which bytes grow as they did before."""
-_IDS = "input_ids"
+_SHORT, _MOST_OPS = 128, 10_000
+"""Positions that are run first, and how many operations all may take; if they would take more, these are taken. Not
+seconds: all ranks must count the same.
+"""
+_FEW = 100  # characters of an error
 _VALUES = ("attention_mask", "decoder_attention_mask", "position_ids", "labels")
 """Arguments that a model does without: only their values say something."""
 _MAKES_SCORES = "eager"
@@ -56,7 +62,11 @@ def dtype_of_most(parameters: Iterable[nn.Parameter]) -> torch.dtype:
 
 
 def kinds_of(layers: Sequence[nn.Module]) -> list[int]:
-    """A number for each layer, equal for those that are alike: modules, their weights' shapes and their settings."""
+    """A number for each layer, equal for those that are alike: modules, shapes and dtypes of weights, which are
+    trained, and settings.
+
+    Layers whose code asks for their place among the others, and nothing else, are taken as alike.
+    """
     known: dict[Hashable, int] = {}
     return [known.setdefault(_signature(layer), len(known)) for layer in layers]
 
@@ -66,11 +76,17 @@ def _signature(layer: nn.Module) -> Hashable:
     for name, module in layer.named_modules():
         own = (
             (key, value) for key, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str)) and key not in _INDICES
+            if key not in _INDICES and (isinstance(value, (bool, int, float, str)) or _is_plain(value))
         )  # fmt: skip
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        found.append((name, type(module), *sorted(own), *((key, tensor.shape) for key, tensor in tensors)))
+        shapes = ((key, tensor.shape, tensor.dtype, tensor.requires_grad) for key, tensor in tensors)
+        found.append((name, type(module), *((key, repr(value)) for key, value in sorted(own)), *shapes))
     return tuple(found)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a list or tuple of plain settings."""
+    return isinstance(value, (list, tuple)) and all(isinstance(each, (bool, int, float, str)) for each in value)
 
 
 class KeptLayers:
@@ -94,11 +110,15 @@ class KeptLayers:
         self.is_split = any(split.style == "colwise" and f"{split.path}.".startswith(mixers) for split in splits)
         self.reason = ""
         self._facts, self._known = facts, dict[tuple[int, int, int, bool], Mapping[str, LayerKept]]()
-        self._model, self._ids, self._wide = None, dict[str, Any](), dict[str, torch.dtype]()
-        if isinstance(example, Mapping) and isinstance(example.get(_IDS), Tensor) and facts:
-            self._model, self._ids = without_values(model), {k: v for k, v in example.items() if k not in _VALUES}
-            most = dtype_of_most(model.parameters())
-            self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
+        most = dtype_of_most(model.parameters())
+        self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
+        self._trained = {name for name, x in model.named_parameters() if x.requires_grad}
+        self._model, self._example = None, example
+        if facts:
+            try:
+                self._model, self._example = _copy(model), _without_values_that_say(model, example)
+            except Exception as error:  # an estimate must not end a compilation
+                self.reason = _in_words(error)
 
     def __call__(
         self, compute_bytes: int, seq_len: int, micro_batch_size: int, is_mixed: bool
@@ -112,35 +132,48 @@ class KeptLayers:
     def _counted(self, compute_bytes: int, seq_len: int, batch: int, is_mixed: bool) -> Mapping[str, LayerKept]:
         if self._model is None:
             return {}
-        length = min(seq_len, LONG)
-        has_pairs = (self.makes_scores or seq_len > length) and length > 1
+        length, self.reason = min(seq_len, LONG), ""
         try:
-            with _mixed() if is_mixed else nullcontext("meta") as device:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(mode=False))
+                stack.enter_context(torch.enable_grad())
+                device = stack.enter_context(_mixed() if is_mixed else nullcontext("meta"))
                 model = self._on(device, _DTYPES[compute_bytes])
-                whole = self._of_batch(model, batch, length)
-                half = self._of_batch(model, batch, length // 2) if has_pairs else None
-        except Exception as error:  # code of the model that cannot do this: an estimate must not end a compilation
-            self.reason = type(error).__name__
+                whole = self._of_batch(model, batch, min(length, _SHORT))
+                if length > _SHORT:
+                    few = self._of_batch(model, batch, _SHORT // 2)
+                    more = sum(of.ops - few[kind].ops for kind, of in whole.items() if kind in few)
+                    if more * 2 * length / _SHORT > _MOST_OPS:  # its code has loops over positions
+                        length = _SHORT
+                    else:
+                        whole = self._of_batch(model, batch, length)
+                has_pairs = (self.makes_scores or seq_len > length) and length > 1
+                half = self._of_batch(model, batch, length // 2) if has_pairs else {}
+            by_kind = {kind: _fact(of, half.get(kind), batch, length) for kind, of in whole.items()}
+        except Exception as error:  # code of the model that cannot do this
+            self.reason = _in_words(error)
             return {}
-        by_kind = {kind: _fact(of, None if half is None else half[kind], batch, length) for kind, of in whole.items()}
         return {fact.path: by_kind[fact.kind] for fact in self._facts if fact.kind in by_kind}
 
     def _on(self, device: str, dtype: torch.dtype) -> nn.Module:
         """The model with new weights of this dtype; those of another one than most keep theirs."""
         assert self._model is not None
-        model = without_values(self._model)
+        model = _copy(self._model)
         for path, module in model.named_modules():
             for name, old in [*module.named_buffers(recurse=False)]:
                 setattr(module, name, torch.empty(old.shape, dtype=old.dtype, device=device))
             for name, old in [*module.named_parameters(recurse=False)]:
-                own = self._wide.get(f"{path}.{name}" if path else name, dtype)
-                new = torch.empty(old.shape, dtype=own if old.is_floating_point() else old.dtype, device=device)
-                setattr(module, name, nn.Parameter(new, requires_grad=old.is_floating_point()))
+                whole = f"{path}.{name}" if path else name
+                own = self._wide.get(whole, dtype) if old.is_floating_point() else old.dtype
+                new = torch.empty(old.shape, dtype=own, device=device)
+                setattr(module, name, nn.Parameter(new, requires_grad=whole in self._trained))
+            if hasattr(module, "layerdrop"):
+                module.layerdrop = 0.0  # layers would be left out by chance
         return model
 
     def _of_batch(self, model: nn.Module, batch: int, length: int) -> dict[int, _Bytes]:
         device = next(model.parameters()).device
-        ids = {name: _long(x, self._ids[_IDS].shape, batch, length, device) for name, x in self._ids.items()}
+        example = _long(self._example, batch, length, device)
         layers = [model.get_submodule(fact.path) for fact in self._facts]
         with ExitStack() as stack:
             stack.enter_context(attention_of_a_gpu(model))
@@ -150,7 +183,7 @@ class KeptLayers:
             for module in filter(may_be_experts, model.modules()):
                 stack.enter_context(_replaced_by(module, _no_experts))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            calls = _calls_of(model, layers, [fact.kind for fact in self._facts], ids)  # Step 1
+            calls = _calls_of(model, layers, [fact.kind for fact in self._facts], example)  # Step 1
             return {kind: _alone(call, self._parts(kind)) for kind, call in calls.items()}  # Step 2
 
     def _parts(self, kind: int) -> dict[str, str]:
@@ -166,12 +199,65 @@ def _mixed() -> Iterator[str]:
         yield "cpu"
 
 
-def _long(x: Any, of_ids: torch.Size, batch: int, length: int, device: torch.device) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    shape = (batch if x.shape[:1] == of_ids[:1] else size for size in x.shape[:1])
-    rest = (length if size == of_ids[1] and not x.is_floating_point() else size for size in x.shape[1:])
-    return torch.empty(*shape, *rest, dtype=x.dtype, device=device)
+def _copy(model: nn.Module) -> nn.Module:
+    """Without values, and with its own containers and configs: what a forward leaves there does not reach the model."""
+    new, memo = without_values(model), dict[int, Any]()
+    pairs = list(zip(_all_modules(model), _all_modules(new), strict=True))
+    for old, made in pairs:
+        memo.setdefault(id(old), made)
+        for mine, theirs in ((old.named_parameters, made), (old.named_buffers, made)):
+            memo |= {id(tensor): getattr(theirs, name) for name, tensor in mine(recurse=False)}
+    plain = vars(nn.Module()).keys()
+    for _, made in pairs:
+        for name, value in vars(made).items():
+            if name not in plain and (isinstance(value, (dict, list, set, tuple, deque)) or hasattr(value, "to_dict")):
+                with suppress(Exception):  # what cannot be copied is shared
+                    vars(made)[name] = deepcopy(value, memo)
+    return new
+
+
+def _all_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for _, module in model.named_modules(remove_duplicate=False)]
+
+
+def _without_values_that_say(model: nn.Module, example: Example | None) -> Example | None:
+    """The example without arguments of which only the values say something, where the model can do without."""
+    if not isinstance(example, Mapping):
+        return example
+    known = signature(model.forward).parameters
+    needed = {name for name, each in known.items() if each.default is each.empty}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in example:
+        needed.add("labels")  # they are shifted
+    return {name: x for name, x in example.items() if name not in _VALUES or name in needed}
+
+
+def _long(example: Any, batch: int, length: int, device: torch.device) -> Any:
+    """On so many sequences of this length; its first tensor has those of the example.
+
+    Raises:
+        ValueError: it has none.
+    """
+    tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
+    if not tensors or tensors[0].dim() < 2:
+        raise ValueError("the example has no sequences")
+    sequences, positions = tensors[0].shape[:2]
+
+    def longer(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        shape = list(x.shape)
+        if shape[:1] == [sequences]:
+            shape[0] = batch
+        if shape[1:2] == [positions]:
+            shape[1] = length
+        return torch.empty(shape, dtype=x.dtype, device=device)
+
+    return tree_map(longer, example)
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:_FEW]}" if text else type(error).__name__
 
 
 # -- Step 1 -----------------------------------------------------------------------------------------------------------
@@ -188,9 +274,7 @@ class _Call:
     times: int = 0
 
 
-def _calls_of(
-    model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int], ids: Mapping[str, Any]
-) -> dict[int, _Call]:
+def _calls_of(model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int], example: Any) -> dict[int, _Call]:
     calls: dict[int, _Call] = {}
 
     def note(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,7 +300,7 @@ def _calls_of(
                 function = partial(instead, kind, layer)
                 stack.enter_context(_replaced_by(layer, lambda *args, f=function, **kwargs: f(args, kwargs)))
         with torch.no_grad():
-            call_with(model, ids)
+            call_with(model, example)
     return calls
 
 
@@ -263,7 +347,7 @@ def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
 
 @dataclass(kw_only=True)
 class _Bytes:
-    """Of a layer: as in `LayerKept`, of all tokens."""
+    """Of a layer: as in `LayerKept`, of all tokens; and how many operations it ran."""
 
     width: float = 0.0
     rest: float = 0.0
@@ -271,6 +355,7 @@ class _Bytes:
     attention: float = 0.0
     ffn: float = 0.0
     made: float = 0.0
+    ops: int = 0
 
 
 @dataclass
@@ -308,7 +393,7 @@ def _alone(call: _Call, parts: Mapping[str, str]) -> _Bytes:
     return _Bytes(
         width=given.numel() * given.element_size(), rest=call.times * (kept - inside.total()),
         norms=call.times * inside[NORMS], attention=call.times * inside[ATTENTION], ffn=call.times * inside[FFN],
-        made=made,
+        made=made, ops=live.ops,
     )  # fmt: skip
 
 
@@ -354,7 +439,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 def _fact(whole: _Bytes, half: _Bytes | None, batch: int, length: int) -> LayerKept:
     """Per token and per pair of positions (step 3); together exact for sequences of this length."""
     of_token, of_pair = dict[str, float](), dict[str, float]()
-    for each in fields(whole):
+    for each in (each for each in fields(whole) if each.name != "ops"):
         all_of_it, twice = (times * getattr(of, each.name) / batch for times, of in ((1, whole), (2, half or whole)))
         squared = max(0.0, 2 * (all_of_it - twice)) if half is not None else 0.0  # b x^2, of a x + b x^2
         squared = min(squared, all_of_it) if squared > _LEAST_SHARE * all_of_it else 0.0
@@ -370,7 +455,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.most = self.ops = 0
         self._there = {id(storage): storage for storage in (x.untyped_storage() for x in there)}
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -382,6 +467,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch's."""
         result = func(*args, **(kwargs or {}))
+        self.ops += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())

@@ -170,7 +170,7 @@ def _not_known(facts: ModelFacts) -> str:
     if facts.kept is None or not facts.kept.reason:
         return ""
     scores = ", without the scores of eager attention" * facts.kept.makes_scores
-    return f". What its layers keep is taken as Llama's{scores}: their code needs values ({facts.kept.reason})"
+    return f". What its layers keep is taken as Llama's{scores}: their code could not be run ({facts.kept.reason})"
 
 
 def _dtype(bytes_: int) -> str:

@@ -216,8 +216,10 @@ def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
     run = RunFacts(tokens_per_rank=64, compute_bytes=4)
     with mock.patch("moecompile.pipeline.kept._alone", broken):
         text = largest_in_words(memory_of_fullest_rank((), MeshSpec(), facts, run), (), MeshSpec(), facts, run)
-    says = ". What its layers keep is taken as Llama's, without the scores of eager attention: their code needs values "
-    assert text.endswith(f"{says}(IndexError)")
+    says = (
+        ". What its layers keep is taken as Llama's, without the scores of eager attention: their code could not be run"
+    )
+    assert text.endswith(f"{says} (IndexError)")
     assert facts_of(tiny_llama()).kept is None  # without an example
 
 
@@ -309,3 +311,97 @@ def test_a_rank_holds_what_is_planned_under_autocast(checkpointing: str, tmp_pat
         rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
     (peak,) = (row for row in rows if row.name == "peak")
     assert peak.seen == pytest.approx(peak.planned, rel=0.08)
+
+
+class Remembers(nn.Module):
+    """A block that keeps masks and losses. least: positions that a sequence must have for it to run."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.a, self.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.masks, self.losses, self.least = dict[int, Tensor](), list[Tensor](), least
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.masks.setdefault(x.shape[1], torch.ones(x.shape[1], x.shape[1], device=x.device))
+        self.losses.append(x.sum())
+        x = x + mask @ self.a(x)
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+class Own(nn.Module):
+    """A model of no library. least: as above, of its second layer."""
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(64, 8), nn.ModuleList([Remembers(0), Remembers(least)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.emb(ids)
+        for layer in self.layers:
+            x = layer(x) if x.shape[1] >= layer.least else x
+        return x
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "keyword"])
+def test_a_model_of_ones_own_is_counted_and_left_as_it_was(form: str, is_mixed: bool) -> None:
+    model = Own()
+    model.layers[1].requires_grad_(requires_grad=False)
+    example = {"tensor": ids(), "tuple": (ids(),), "keyword": {"ids": ids()}}[form]
+    with torch.no_grad():
+        facts = facts_of(model, example)
+        assert facts.kept is not None
+        trained, frozen = facts.kept(4, 16, 1, is_mixed).values()
+    assert not facts.kept.reason and 0 < frozen.rest < trained.rest
+    assert all(not layer.masks and not layer.losses for layer in model.layers)
+    assert model(ids(1, 16)).device.type == "cpu"
+
+
+def test_a_layer_that_runs_for_long_sequences_alone() -> None:
+    facts = facts_of(Own(least=12), ids())
+    assert facts.kept is not None
+    facts.kept.makes_scores = True  # half of 16 positions are run, too
+    assert len(facts.kept(4, 16, 1, False)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_estimate_that_cannot_begin_ends_nothing() -> None:
+    model = Own()
+    model.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    facts = facts_of(model, ids())
+    assert facts.kept is not None and not facts.kept(4, 16, 1, False) and facts.kept.reason
+
+
+class Loops(nn.Module):
+    """A block that goes through positions one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = x[:, 0], list[Tensor]()
+        for i in range(x.shape[1]):
+            state = torch.tanh(self.a(state) + x[:, i])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+def test_code_that_loops_over_positions_is_run_on_few() -> None:
+    model = Own()
+    model.layers[0] = Loops()
+    model.layers[0].least = 0
+    facts = facts_of(model, ids())
+    assert facts.kept is not None
+    lengths = list[int]()
+    with mock.patch.object(Loops, "forward", _noting(Loops.forward, lengths)):
+        few, many = facts.kept(4, 100, 1, False)["layers.0"], facts.kept(4, 4096, 1, False)["layers.0"]
+    assert max(lengths) == 128 and many.rest == pytest.approx(few.rest, rel=0.05)
+
+
+def _noting(forward: Any, lengths: list[int]) -> Any:
+    def noted(self: nn.Module, x: Tensor) -> Any:
+        lengths.append(x.shape[1])
+        return forward(self, x)
+
+    return noted
