@@ -42,7 +42,6 @@ _SHORT, _MOST_OPS = 128, 10_000
 """Positions that are run first, and how many operations all may take; if they would take more, these are taken. Not
 seconds: all ranks must count the same.
 """
-_FEW = 100  # characters of an error
 _VALUES = ("attention_mask", "decoder_attention_mask", "position_ids", "labels")
 """Arguments that a model does without: only their values say something."""
 _MAKES_SCORES = "eager"
@@ -118,7 +117,7 @@ class KeptLayers:
             try:
                 self._model, self._example = _copy(model), _without_values_that_say(model, example)
             except Exception as error:  # an estimate must not end a compilation
-                self.reason = _in_words(error)
+                self.reason = type(error).__name__
 
     def __call__(
         self, compute_bytes: int, seq_len: int, micro_batch_size: int, is_mixed: bool
@@ -151,7 +150,7 @@ class KeptLayers:
                 half = self._of_batch(model, batch, length // 2) if has_pairs else {}
             by_kind = {kind: _fact(of, half.get(kind), batch, length) for kind, of in whole.items()}
         except Exception as error:  # code of the model that cannot do this
-            self.reason = _in_words(error)
+            self.reason = type(error).__name__
             return {}
         return {fact.path: by_kind[fact.kind] for fact in self._facts if fact.kind in by_kind}
 
@@ -253,11 +252,6 @@ def _long(example: Any, batch: int, length: int, device: torch.device) -> Any:
         return torch.empty(shape, dtype=x.dtype, device=device)
 
     return tree_map(longer, example)
-
-
-def _in_words(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:_FEW]}" if text else type(error).__name__
 
 
 # -- Step 1 -----------------------------------------------------------------------------------------------------------
