@@ -29,9 +29,6 @@ from moecompile.planner.params import AttentionFact
 
 _TOLERATED_ROUNDING = 64  # times the precision of the dtype: experts may group other tokens
 _IDS = "input_ids"
-_MAKES_SCORES = "eager"
-_INSTEAD = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
-"""Implementation that makes no matrices of scores on a GPU -> whether a model has it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 

@@ -2,15 +2,16 @@
 
 Algorithm (`KeptLayers`):
   1. One forward of a copy without values on the meta device, on a micro-batch of sequences as long as those of the run,
-     at most `LONG`. Of layers that are alike one runs, and the arguments of its call are noted.
+     at most `LONG`; short ones, if code that loops over positions would take too long. Of layers that are alike one
+     runs, and the arguments of its call are noted.
   2. That one is called alone, forward and backward. What is alive between both, but its output, is kept; of each of its
      parts what is alive after its call, but its output. The most at a time, above this, is made.
   3. Where attention makes matrices of scores (`eager`), and for longer sequences, also with half as long ones: some
      bytes grow with tokens, others with pairs of positions.
 
 Autocast does not know the meta device; under it tensors are fake ones of a CPU. Attention without matrices of scores is
-taken as a GPU computes it. Experts do not run (planner/memory.py has a formula of a
-planned MoE layer). Masks of a model are not counted.
+taken as a GPU computes it. Experts do not run (planner/memory.py has a formula of a planned MoE layer). Masks of a
+model are not counted.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class KeptLayers:
 
     Attributes:
         makes_scores: whether attention makes matrices of scores. instead: implementations that the model has and that
-            make none. is_split: whether the model's tp_plan splits its heads. reason: why nothing is known, once it was
-            asked for; empty: it is.
+            make none. is_split: whether the model's tp_plan splits its heads. reason: why the last answer was empty;
+            empty: it was not.
 
     Args:
         facts: of the model's layers.
@@ -108,7 +109,7 @@ class KeptLayers:
         mixers = tuple(f"{fact.path}.{name}." for fact in facts for name in dict(fact.parts).get(ATTENTION, ()))
         self.is_split = any(split.style == "colwise" and f"{split.path}.".startswith(mixers) for split in splits)
         self.reason = ""
-        self._facts, self._known = facts, dict[tuple[int, int, int, bool], Mapping[str, LayerKept]]()
+        self._facts, self._known = facts, dict[tuple[int, int, int, bool], tuple[Mapping[str, LayerKept], str]]()
         most = dtype_of_most(model.parameters())
         self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
         self._trained = {name for name, x in model.named_parameters() if x.requires_grad}
@@ -125,8 +126,10 @@ class KeptLayers:
         """Of a run whose numbers have so many bytes (is_mixed: with autocast to bf16), on so many sequences."""
         key = compute_bytes, seq_len, micro_batch_size, is_mixed
         if key not in self._known:
-            self._known[key] = self._counted(*key)
-        return self._known[key]
+            found = self._counted(*key)
+            self._known[key] = found, self.reason
+        found, self.reason = self._known[key]
+        return found
 
     def _counted(self, compute_bytes: int, seq_len: int, batch: int, is_mixed: bool) -> Mapping[str, LayerKept]:
         if self._model is None:

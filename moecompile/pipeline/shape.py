@@ -32,7 +32,7 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
         if owner is not None:
             planned[owner].append(site)
     hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
-    found = mixers(config, len(layers), hidden)
+    found = _mixers(config, len(layers), hidden)
     tables: set[object] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     tables |= {model.get_parameter(lookup.weight) for lookup in plan.lookups}
     each = [
@@ -66,7 +66,7 @@ def _value(config: Any, name: str) -> Any:
         return None
 
 
-def mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
+def _mixers(config: Any, num_layers: int, hidden: int) -> list[Attention | None]:
     """The attention of each layer, as far as the config names its heads."""
     heads = _first(config, _HEADS)
     if not heads:

@@ -634,7 +634,7 @@ def row_load(layer: LayerPlan, run: RunFacts) -> float:
 
 
 def _exchanged_rows(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
-    """The same of the fullest rank: what it receives follows the load, what it sends does not."""
+    """`exchanged` of the fullest rank: what it receives follows the load, what it sends does not."""
     return exchanged(layer, mesh) * (1 + row_load(layer, run)) / 2
 
 

@@ -167,6 +167,26 @@ def test_a_model_with_experts_saves_what_is_counted(name: str, precision: str) -
         assert counted(model, name, batch, precision, with_ffn=False) == pytest.approx(found, rel=0.012)
 
 
+def test_weights_of_another_dtype_than_most_keep_theirs() -> None:
+    """fp32 sinks in bf16 attention: scores become fp32, and are kept a second time."""
+    narrow, wide = (family("deepseek_v4").to(torch.bfloat16).train() for _ in range(2))
+    for layer in layers_of(wide):
+        layer.self_attn.sinks.data = layer.self_attn.sinks.data.float()
+    found = saved(wide, "deepseek_v4", 1, "bf16", without="mlp")
+    kept = counted(wide, "deepseek_v4", 1, "bf16", with_ffn=False)
+    assert kept == pytest.approx(found, rel=0.012)
+    assert kept > 1.2 * counted(narrow, "deepseek_v4", 1, "bf16", with_ffn=False)
+
+
+def test_a_reason_is_that_of_the_last_answer() -> None:
+    kept = facts_of(tiny_llama(), {"input_ids": ids()}).kept
+    assert kept is not None
+    with mock.patch("moecompile.pipeline.kept._alone", side_effect=IndexError):
+        assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+    assert kept(4, 32, 1, False) and not kept.reason
+    assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+
+
 def test_layers_are_alike_if_only_their_place_differs() -> None:
     llama, qwen, gemma = (list(layers_of(DENSE[name]())) for name in ("llama", "qwen3", "gemma2"))
     assert kinds_of([*llama, *qwen]) == [0, 0, 1, 1]
