@@ -137,8 +137,7 @@ class KeptLayers:
         length, self.reason = min(seq_len, LONG), ""
         try:
             with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode(mode=False))
-                stack.enter_context(torch.enable_grad())
+                stack.enter_context(torch.inference_mode(mode=False))  # with gradients, whatever the caller has
                 device = stack.enter_context(_mixed() if is_mixed else nullcontext("meta"))
                 model = self._on(device, _DTYPES[compute_bytes])
                 whole = self._of_batch(model, batch, min(length, _SHORT))

@@ -167,6 +167,24 @@ def test_a_model_with_experts_saves_what_is_counted(name: str, precision: str) -
         assert counted(model, name, batch, precision, with_ffn=False) == pytest.approx(found, rel=0.012)
 
 
+@pytest.mark.parametrize(("number", "norms"), [(4, 2 * 4), (2, 2 * (4 + 2 - 2))])
+def test_parts_of_a_llama_by_hand(number: int, norms: int) -> None:
+    """Norms keep what they were given in fp32, over its size; in bf16 a copy of it, which is not there to begin with."""
+    example = inputs_of("llama")
+    facts = planning_facts(model_of("llama", **LONG), compose_config(["experts.sites=auto"]), example)[1]
+    assert facts.kept is not None
+    (of,) = set(facts.kept(number, LENGTH, 1, False).values())
+    d_model, d_ff, heads, key_heads = 32, 64, 4, 2
+    assert (of.width, of.rest) == (
+        d_model * number,
+        4 * d_model * number,
+    )  # two inputs of norms, of attention, of the FFN
+    assert of.norms == pytest.approx(2 * 4 + d_model * norms)  # and a size in fp32
+    assert of.ffn == 4 * d_ff * number
+    queries, sums = 2 * heads * 8 + 2 * key_heads * 8, heads * 4  # with the output; log-sum-exp in fp32
+    assert of.attention == pytest.approx(queries * number + sums, abs=0.1)  # and the state of a generator
+
+
 def test_weights_of_another_dtype_than_most_keep_theirs() -> None:
     """fp32 sinks in bf16 attention: scores become fp32, and are kept a second time."""
     narrow, wide = (family("deepseek_v4").to(torch.bfloat16).train() for _ in range(2))
@@ -368,7 +386,7 @@ def test_a_model_of_ones_own_is_counted_and_left_as_it_was(form: str, is_mixed: 
     model = Own()
     model.layers[1].requires_grad_(requires_grad=False)
     example = {"tensor": ids(), "tuple": (ids(),), "keyword": {"ids": ids()}}[form]
-    with torch.no_grad():
+    with torch.inference_mode() if form == "tuple" else torch.no_grad():
         facts = facts_of(model, example)
         assert facts.kept is not None
         trained, frozen = facts.kept(4, 16, 1, is_mixed).values()

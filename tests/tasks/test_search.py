@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.plan import load
+from moecompile.planner import RunFacts
+from moecompile.planner.memory import memory_of_fullest_rank
+from moecompile.planner.pipeline import ranks_of
+from moecompile.planner.search import run
 from moecompile.tasks import plan as plan_task
 from moecompile.tasks import search as task
 from tests.forked import python
@@ -50,6 +55,50 @@ def test_the_whole_front_is_what_task_plan_predicts(tmp_path: Path, capsys: pyte
             assert plan["described_memory_bytes"] == each["memory_bytes"]
     best = planned(tmp_path / "best", "recipe=mixtral_ep", *found["best"]["overrides"].split())
     assert load(tmp_path / "plan.yaml").hash == best["plan_hash"] == found["plan_hash"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["recipe=mixtral_ep", "data.global_batch_size=64"],
+        ["recipe=mixtral_ep", "data.global_batch_size=64", "dispatch.balance=lend"],
+        [
+            "recipe=deepseek_ep",
+            "mesh=h100_8",
+            "mesh.pp=2",
+            "mesh.ep=4",
+            "data.global_batch_size=64",
+            "data.seq_len=2048",
+        ],
+    ],
+    ids=["ranks", "lending", "stages"],
+)
+def test_what_is_kept_between_candidates_is_what_each_needs(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of layers and states are computed once for many candidates; each is compared with its own estimate."""
+    memory_in, seen = run._memory, set[tuple[object, ...]]()
+
+    def compared(structure: Any, given: RunFacts, states: Any) -> Any:
+        found = memory_in(structure, given, states)
+
+        def total(replicas: int, of_run: RunFacts, load: float, in_flight: bool) -> int:
+            bytes_ = found(replicas, of_run, load, in_flight)
+            alone = []
+            for of in ranks_of(structure.plan, structure.facts):
+                layers = run._overlapped(of.layers) if in_flight else of.layers
+                its = of.run(replace(of_run, row_load=load), structure.plan.pipeline)
+                mesh = replace(of.mesh, dp_replicate=replicas)
+                alone.append(memory_of_fullest_rank(layers, mesh, of.facts, its).total)
+            assert bytes_ == max(alone), (replicas, of_run, load, in_flight)
+            seen.add((replicas, of_run.reduce, of_run.gather, of_run.checkpointing, load, in_flight))
+            return bytes_
+
+        return total
+
+    monkeypatch.setattr(run, "_memory", compared)
+    searched(tmp_path, *overrides, "search.described=false", "hardware.memory_gib=0.05")  # all ways are tried
+    assert [len(set(values)) >= 2 for values in list(zip(*seen, strict=True))[1:]] == [True] * 5, seen
 
 
 def test_what_is_given_beside_counts(tmp_path: Path) -> None:
