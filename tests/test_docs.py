@@ -280,7 +280,6 @@ def test_every_file_and_every_result_is_explained(task: str, tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "out").iterdir() if f"`{path.name}" not in files] == []
 
 
-@pytest.mark.slow
 def test_the_plan_of_the_demo_is_the_one_that_is_shown(tmp_path: Path) -> None:
     printed = run("-m", "moecompile", "task=plan", "recipe=deepseek_ep", cwd=tmp_path)
     (shown,) = (block.text for block in BLOCKS if block.text.startswith("plan  "))
