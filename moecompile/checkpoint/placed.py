@@ -10,9 +10,7 @@ them, and an empty one by none.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from zlib import crc32
@@ -30,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
+from moecompile.collector import uncollected
 from moecompile.nn.placement import Order, expert_orders, global_rows, runs_of
 from moecompile.torch_private import checked_already, local_block, local_part
 
@@ -97,7 +96,7 @@ class SaveById(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """On the rank that coordinates: what each rank writes, and the index."""
-        with checked_already(is_tiled), _uncollected():
+        with checked_already(is_tiled), uncollected():
             return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -105,20 +104,6 @@ class SaveById(DefaultSavePlanner):
         if index.fqn in self._parts.orders:
             return self._parts.part(index, self.state_dict[index.fqn])
         return super().lookup_object(index)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """All that an index is made of stays alive: Python's collector would look at all of it again and again, and find
-    nothing.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def is_tiled(entry: TensorStorageMetadata) -> bool:

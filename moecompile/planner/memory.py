@@ -299,18 +299,19 @@ def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
 class Known:
     """Bytes of MoE layers of a micro-batch, computed once for those that are alike (`LayerPlan.alike`).
 
-    Of one mesh, and of runs that differ alone in what is computed again and in what a pipeline keeps.
+    Of one mesh, and of runs that differ alone in what is computed again, in what a pipeline keeps, and in when
+    gradients are reduced and weights gathered.
     """
 
     def __init__(self) -> None:
-        self._bytes: dict[tuple[_OfLayer, Hashable], float] = {}
+        self._bytes: dict[tuple[_OfLayer, bool, Hashable], float] = {}
         self._layers: dict[int, list[tuple[LayerBytes, int]]] = {}
 
     def of_each(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> list[float]:
         """Of each of these layers."""
         found: list[float] = []
         for layer in layers:
-            key = of, layer.alike
+            key = of, run.keeps_whole_grads, layer.alike
             if (value := self._bytes.get(key)) is None:
                 value = self._bytes[key] = of(layer, mesh, run)
             found.append(value)

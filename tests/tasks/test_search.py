@@ -72,8 +72,8 @@ def test_what_is_kept_between_candidates_is_what_each_needs(
     """Bytes of layers and states are computed once for many candidates; each is compared with its own estimate."""
     memory_in, seen = run._memory, set[tuple[object, ...]]()
 
-    def compared(structure: Any, given: RunFacts, states: Any) -> Any:
-        found = memory_in(structure, given, states)
+    def compared(structure: Any, given: RunFacts, *known: Any) -> Any:
+        found = memory_in(structure, given, *known)
 
         def total(replicas: int, of_run: RunFacts, load: float, in_flight: bool) -> int:
             bytes_ = found(replicas, of_run, load, in_flight)
