@@ -60,7 +60,7 @@ def _prepare(config: Config, run_dir: Path) -> Config:
         resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config
     config = _with_epochs(with_plan(with_placement(config)))
-    if config.mesh.ep == SEARCHED:
+    if config.mesh.ep == SEARCHED and config.task.name is not TaskName.search:
         from moecompile.tasks.layout import with_layout  # imports torch
 
         config = with_layout(config)

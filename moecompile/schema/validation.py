@@ -65,7 +65,7 @@ def validate(config: Config) -> None:
     """
     check_launcher(config)
     config, errors = of_the_job(config), list[ConfigError]()
-    for mesh in meshes(config.mesh):
+    for mesh in meshes(config):
         try:
             return _validate(replace(config, mesh=mesh))
         except ConfigError as error:
@@ -278,11 +278,17 @@ def _ep(value: int | str, world: int) -> int:
         raise ConfigError("mesh.ep", value, "must be a number, auto or search", "Give one of these") from None
 
 
-def meshes(mesh: MeshConfig) -> list[MeshConfig]:
-    """The meshes of which one will be chosen, the largest EP size first; `mesh` alone if there is nothing to search."""
-    if mesh.ep != SEARCHED:
-        return [mesh]
-    return [replace(mesh, ep=ep) for ep in reversed(divisors(mesh.num_nodes * mesh.ranks_per_node))]
+def meshes(config: Config) -> list[MeshConfig]:
+    """The meshes of which one will be chosen, the largest EP size first; its own alone if there is nothing to search.
+
+    task=search begins with an EP size that nobody has given, a preset's, and with others where that cannot be.
+    """
+    mesh, axes = config.mesh, config.search.axes
+    own = [mesh] if mesh.ep != SEARCHED else []
+    varies = config.task.name is TaskName.search and "mesh.ep" not in config.given and (not axes or "ep" in axes)
+    if own and not varies:
+        return own
+    return own + [replace(mesh, ep=ep) for ep in reversed(divisors(mesh.num_nodes * mesh.ranks_per_node))]
 
 
 def commonest(errors: Sequence[ConfigError]) -> ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moecompile.schema.config import Config, WorkloadConfig
-from moecompile.schema.validation import mesh_spec
+from moecompile.schema.validation import SEARCHED, mesh_spec
 
 _DATA = ("seq_len", "global_batch_size", "micro_batch_size")
 FSDP = 3  # `workload.zero` of what this package runs
@@ -28,7 +28,9 @@ def with_workload(config: Config) -> tuple[Config, list[str]]:
     if workload.precision is not None and "trainer.precision" not in config.given:
         trainer = replace(trainer, precision=workload.precision)
     if values and not is_described(workload):
-        step = data.micro_batch_size * mesh_spec(config.mesh).num_batches
+        step = (
+            data.micro_batch_size * mesh_spec(replace(config.mesh, ep=SEARCHED)).num_batches
+        )  # any EP size has as many
         whole = -(-data.global_batch_size // step) * step
         if whole != data.global_batch_size:
             notes.append(

@@ -17,7 +17,7 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import FITS, Plan
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.shapes import ModelShape
-from moecompile.planner.search.chosen import with_settings
+from moecompile.planner.search.chosen import start_of, with_settings
 from moecompile.planner.search.found import Candidate
 from moecompile.planner.search.run import Found, search
 from moecompile.report.plan_tables import print_search
@@ -44,6 +44,7 @@ def run(config: Config, run_dir: Path) -> None:
     def shape(plan: Plan) -> ModelShape:
         return shape_of_model(model, plan)
 
+    config = start_of(sites, facts, config)
     require_layers(build_plan(sites, config, facts, shape), config)
     found = search(sites, facts, config, shape, rounds=rounds)
     print_search(found, config, Console())

@@ -511,7 +511,7 @@ def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> 
     [
         (
             "mixtral", ["mesh.ranks_per_node=8"],
-            "mesh.ep=8: must divide the 4 experts of model.layers.0.mlp.experts. Use one of [1, 2, 4].",
+            "mesh.ep=8: must divide the 4 experts of model.layers.0.mlp.experts. Use one of [1, 2, 4], or mesh.ep=search.",
         ),
         (
             "mixtral", [*TWO_NODES, "routing.max_nodes=1"],

@@ -16,6 +16,7 @@ from moecompile.planner import RunFacts
 from moecompile.planner.memory import memory_of_fullest_rank
 from moecompile.planner.pipeline import ranks_of
 from moecompile.planner.search import run
+from moecompile.schema import validate
 from moecompile.tasks import plan as plan_task
 from moecompile.tasks import search as task
 from tests.forked import python
@@ -112,6 +113,24 @@ def test_described_layouts_keep_what_the_mesh_says(tmp_path: Path, given: str) -
         plan = planned(tmp_path / str(i), *base, *each["overrides"].split())
         assert plan["step_seconds"] == each["seconds"]
         assert plan["described_memory_bytes"] == each["memory_bytes"]
+
+
+def test_a_search_starts_where_the_ep_size_of_a_preset_cannot_be(tmp_path: Path) -> None:
+    """16 ranks in an EP group are neither a divisor of 8 experts nor in a stage of 4 ranks; nobody has asked for them."""
+    base = ["recipe=mixtral_ep", "mesh=h100_2x8", "mesh.pp=4"]
+    fronts = []
+    for i, given in enumerate([["search.axes=[ep]"], ["search.axes=[ep]", "mesh.ep=search"]]):
+        (tmp_path / str(i)).mkdir()
+        validate(compose_config(["task=search", *base, *given]))
+        found = searched(tmp_path / str(i), *base, *given)
+        fronts.append(found["front"])
+        assert "ep" not in found["kept"]
+    assert fronts[0] == fronts[1]
+    for given in (["mesh.ep=16"], ["search.axes=[dispatch]"]):
+        with pytest.raises(ConfigError, match=r"mesh.ep=16: must divide the 4 ranks of a stage"):
+            validate(compose_config(["task=search", *base, *given]))
+    with pytest.raises(ConfigError, match=r"experts.num_routed=8: must be a multiple of mesh.ep=16"):
+        searched(tmp_path, "recipe=mixtral_ep", "mesh=h100_2x8", "mesh.ep=16")
 
 
 def test_fronts_have_no_candidate_that_another_beats(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 1. `mesh.ep` and `mesh.dp_replicate` are searched, and the kind of dispatch and its overlap where they are `auto`.
 2. The search starts from the largest EP size that can be planned: its routers are those that layouts must keep.
+   task=search, which varies more, starts so where a preset's EP size cannot be planned and nobody gave it.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ def choose_layout(
     if config.mesh.ep != SEARCHED:
         return None
     planned = with_workload(config)[0] if config.task.name in _DESCRIBED else config
-    given = [key for key in config.given if key != EP]
-    start = _whole(_start(sites, facts, planned))
-    start = replace(start, given=given, search=SearchConfig(axes=list(_axes(config))))
+    start = replace(_whole(start_of(sites, facts, planned)), search=SearchConfig(axes=list(_axes(config))))
     found = search(sites, facts, start, shape, rounds=False)
     if not found.runs and found.least is not None and config.task.name is TaskName.plan:
         settings = {EP: start.mesh.ep, **found.least[1]}
@@ -87,10 +86,16 @@ def _axes(config: Config) -> Iterator[str]:
         yield "overlap"
 
 
-def _start(sites: Sequence[PlannedSite], facts: ModelFacts, config: Config) -> Config:
-    """Step 2."""
+def start_of(sites: Sequence[PlannedSite], facts: ModelFacts, config: Config) -> Config:
+    """The config from which a search starts (step 2): with the first of its `meshes` that can be planned.
+
+    Raises:
+        ConfigError: none can.
+    """
+    if config.mesh.ep == SEARCHED:
+        config = replace(config, given=[key for key in config.given if key != EP])
     errors = list[ConfigError]()
-    for mesh in meshes(config.mesh):
+    for mesh in meshes(config):
         start = replace(config, mesh=mesh)
         try:
             draft_plan(sites, start, facts)
