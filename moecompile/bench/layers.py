@@ -29,6 +29,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.nn import Experts, Router, set_random_key
 from moecompile.nn.existing import ExistingExperts, MatrixExperts
 from moecompile.nn.padding import IDS, Padding, TokenIds
+from moecompile.nn.scaled_input import standard_calls
 from moecompile.passes.base import experts_calls
 from moecompile.passes.run import on_one_device, on_the_mesh, run_passes
 from moecompile.pipeline import transform
@@ -111,6 +112,11 @@ def measure_layers(
 
 def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, device: torch.device) -> Iterator[Pair]:
     """One pair for each distinct layer, built lazily."""
+    with standard_calls(model):
+        yield from _pairs(model, plan, config, example, device)
+
+
+def _pairs(model: nn.Module, plan: Plan, config: Config, example: Example, device: torch.device) -> Iterator[Pair]:
     captured = capture_planned(model, plan, config, example)
     groups: dict[LayerPlan, list[str]] = {}  # Step 1
     for layer in on_one_process(plan).layers:

@@ -212,8 +212,9 @@ class ExpertsMatch:
     the paths of the experts below the experts module, and `ffn` is the traced first one with its FFN. num_identity:
     experts after the last one that return their input; their rows of the up projection are unused. are_matrices: the
     weights are gate, up and down, (E F, D) each, in a child. transposed: whether stacked weights are (E, d_in, d_out).
-    norm: a child that is applied to the rows after the experts. activation: for display. router: where the logits of
-    the model's own router are; None: not found. skips: whether a weight of 0 is a token that goes past the experts.
+    norm: a child that is applied to the rows after the experts. scales_input: whether routing weights scale what
+    experts read, not what they return. activation: for display. router: where the logits of the model's own router are;
+    None: not found. skips: whether a weight of 0 is a token that goes past the experts.
     """
 
     call: ExpertsCall
@@ -226,6 +227,7 @@ class ExpertsMatch:
     are_matrices: bool = False
     transposed: bool = False
     norm: str | None = None
+    scales_input: bool = False
     activation: str
     router: RouterMatch | None = None
     skips: bool = False
@@ -286,7 +288,8 @@ def match_stacked(module: nn.Module, call: ExpertsCall) -> ExpertsMatch | str:
         return reason
     return ExpertsMatch(
         call=call, num_experts=down.shape[0], d_expert=d_expert, weights=weights, num_identity=num_identity,
-        transposed=transposed, norm=norm, activation=_activation(module),
+        transposed=transposed, norm=norm, scales_input=getattr(module, "scales_input", False),
+        activation=_activation(module),
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from moecompile.arguments import check_example, check_model
 from moecompile.capture import Example, call_with, in_mode, is_meta
 from moecompile.errors import ArgumentError, ConfigError
+from moecompile.nn.scaled_input import standard_calls
 from moecompile.pipeline.captured import capture_planned
 from moecompile.pipeline.facts import WIDENED
 from moecompile.plan import ExpertsSite
@@ -159,7 +160,9 @@ def moe_sites(model: nn.Module, example: Example) -> list[ExpertsSite]:
     """
     if not hasattr(model, "_from_config"):
         raise ArgumentError("model", type(model).__name__, "is no model of transformers", "Widen one of these")
-    sites = [site for site in capture_planned(model, None, Config(), example).sites if isinstance(site, ExpertsSite)]
+    with standard_calls(model):
+        captured = capture_planned(model, None, Config(), example)
+    sites = [site for site in captured.sites if isinstance(site, ExpertsSite)]
     if not sites:
         raise ArgumentError("model", type(model).__name__, "has no experts", "Rewrite its FFNs: compile_model")
     for site in sites:

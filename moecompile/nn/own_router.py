@@ -8,6 +8,7 @@ Legend: T tokens, E experts that a token may choose, K top-k, B sequences, S tok
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def _check_counted_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     given = named_arguments(model, args, kwargs)
     asked = given.get("output_router_logits")
     asked = getattr(config, "output_router_logits", False) if asked is None else asked
-    if not (model.training and asked and given.get("labels") is not None):
+    if not (model.training and asked and given.get("labels") is not None) or _reads_no_coefficient(model):
         return
     for name, value in own_losses(model).items():
         raise ConfigError(
@@ -201,3 +202,9 @@ def _check_counted_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             "balance.losses their load would count twice",
             "Set output_router_logits=False, or use balance=none",
         )  # fmt: skip
+
+
+def _reads_no_coefficient(model: nn.Module) -> bool:
+    """Whether it is a model of transformers whose code has no loss of routers, only its config (Llama 4)."""
+    module = type(model).__module__
+    return module.startswith("transformers.models.") and not hasattr(sys.modules[module], "load_balancing_loss_func")

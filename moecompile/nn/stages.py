@@ -153,7 +153,9 @@ class Absent(nn.Module):
 
     @torch.no_grad()
     def _zeros(self, *args: Any, **kwargs: Any) -> Any:
-        device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)).device
+        # Llama 4 moves ids to the device of the embedding's weight, which is meta here.
+        tensors = [*tree_leaves(self.passage.received), *tree_leaves((args, kwargs))]
+        device = next(leaf for leaf in tensors if isinstance(leaf, Tensor)).device
         meta = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
         output = self.shape(*meta[0], **meta[1])
         return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)

@@ -8,7 +8,7 @@ Algorithm:
      them.
   2. Padding gets no expert. Identity experts are computed on the token's own rank. Read the logits of the model's own
      router, drop what is beyond a planned capacity, and count the load; an id equal to the number of experts is a
-     dropped assignment.
+     dropped assignment. Weights that scale what experts read do so before any exchange.
   3. permute, experts on the rows (with the norm that follows them, if any), unpermute with the routing weights.
 """
 
@@ -28,6 +28,7 @@ from moecompile.nn.existing import ExistingExperts, ExistingMeter, OneHotIds, Sk
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting, TokenMask
+from moecompile.nn.scaled_input import ScaleInput
 from moecompile.passes.base import items
 from moecompile.passes.trained import freeze_stack
 from moecompile.passes.upcycle import DenseWeights
@@ -61,6 +62,9 @@ def rewrite_experts(graph_module: fx.GraphModule, module: nn.Module, match: Expe
         if match.skips:
             ids = graph.call_module(add("skipped_ids", SkippedIds(match.num_experts)), (ids, weights))
         ids, weights = _routed(graph, add, (hidden, ids, weights), module, match, layer)
+        if match.scales_input:
+            scaled = graph.call_module(add("scale_input", ScaleInput()), (hidden, weights))
+            hidden, weights = items(graph, scaled, "scaled", "ones")
         if match.num_identity:
             identity = add("identity_experts", IdentityExperts(match.num_experts))
             ids, passed = items(graph, graph.call_module(identity, (hidden, ids, weights)), "kept_ids", "same")

@@ -51,6 +51,7 @@ from moecompile.nn.experts import RowExperts
 from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting
+from moecompile.nn.scaled_input import ScaleInput
 from moecompile.passes.base import GRAD_TOKEN, is_ours, op_name, reached
 from moecompile.plan import EXCHANGES, HALVES, LayerPlan
 from moecompile.plan.plan import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
@@ -815,6 +816,7 @@ MODULES: dict[type[nn.Module], Row] = {
     OneHotIds: Row("values X -> ids X", made=_one_hot),
     SkippedIds: Row("ids X, weights X -> ids X", checks=(_one_choice,), made=_changed),
     WideWeights: Row("weights X, like X -> weights X", "weights X -> weights X"),
+    ScaleInput: Row("values X, weights X -> values X, weights X", "values X, weights X -> values X, weights X"),
 }  # fmt: skip
 """Modules of MoE layers. Other modules follow the rule for ops on tokens."""
 

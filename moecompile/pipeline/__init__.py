@@ -20,6 +20,7 @@ from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanErro
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.match.sites import graph_sites, list_sites
 from moecompile.named_code import load_plugins
+from moecompile.nn.scaled_input import standard_calls
 from moecompile.passes.base import run_on_model
 from moecompile.passes.cut import check_stages
 from moecompile.passes.lookups import check_readers
@@ -199,6 +200,14 @@ def compile_with_report(
 ) -> Compilation:
     """`compile_model` with a full report: sites, pass records, graphs before and after, step-0 difference."""
     _check(model, example, plan, device_mesh, until)
+    with standard_calls(model):
+        return _compiled(model, overrides, example, plan, device_mesh, until)
+
+
+def _compiled(
+    model: nn.Module, overrides: Sequence[str] | Config, example: Example, plan: Plan | None,
+    device_mesh: DeviceMesh | None, until: str,
+) -> Compilation:  # fmt: skip
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
     facts = facts_of(model, example, captured, config.mesh)

@@ -14,6 +14,7 @@ from moecompile.match.boundaries import Boundaries
 from moecompile.match.lookups import find_lookups, region_of
 from moecompile.match.regions import Captured
 from moecompile.match.sites import capture_regions, record_model
+from moecompile.nn.scaled_input import standard_calls
 from moecompile.passes.context_parallel import eager_on_meta
 from moecompile.passes.prove import unproven
 from moecompile.passes.run import Log
@@ -29,14 +30,18 @@ def planning_facts(
     model: nn.Module, config: Config, example: Example, plan: Plan | None = None
 ) -> tuple[Sequence[PlannedSite], ModelFacts]:
     """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
-    captured = capture_planned(model, plan, config, example)
-    return captured.sites, facts_of(model, example, captured, config.mesh)
+    with standard_calls(model):
+        captured = capture_planned(model, plan, config, example)
+        return captured.sites, facts_of(model, example, captured, config.mesh)
 
 
 def capture_planned(
     model: nn.Module, plan: Plan | None, config: Config, example: Example, log: Log | None = None
 ) -> Captured:
-    """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`."""
+    """The captured regions of a model that is not compiled yet: those to plan, or those of `plan`.
+
+    Called inside `standard_calls`, which lasts as long as its regions are used.
+    """
     log = log or Log()
     with eager_on_meta(model):
         recording = record_model(model, example)

@@ -135,7 +135,6 @@ ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 SHARED = "of another stage"
 REFUSED = {
     "albert": "it has 1 layers", "bart": SHARED, "dory": "is called 2 times",
-    "llama4": "cannot be called on meta tensors", "llama4_text": "cannot be called on meta tensors",
     "t5": SHARED, "whisper": SHARED, "xlstm": "has a tuple in it", "zamba": SHARED, "zamba2": SHARED,
 }  # fmt: skip
 """Architecture -> a part of the reason why it is not cut."""

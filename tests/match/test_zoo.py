@@ -178,7 +178,7 @@ LANGUAGE_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "glm4_moe": (1, {}), "glm4_moe_lite": (1, {}), "glm_moe_dsa": (1, {}), "granitemoe_swa": (2, {}),
     "granitemoehybrid": (2, {}), "granitemoeshared": (2, {}), "hy_v3": (1, {}), "inkling2_loop_text": (2, {}),
     "jamba": (1, {}), "kimi_linear": (1, _KDA), "kolibri1": (2, {}), "laguna": (1, {}), "lara_mini": (2, {}),
-    "mellum": (2, {}), "minimax_m2": (2, {}), "minimax_m3_vl_text": (2, {}), "qwen2_moe": (2, {}),
+    "llama4_text": (1, {}), "mellum": (2, {}), "minimax_m2": (2, {}), "minimax_m3_vl_text": (2, {}), "qwen2_moe": (2, {}),
     "qwen3_5_moe_text": (2, {}), "qwen3_next": (2, {}), "sarvam_moe": (1, {}), "zaya": (2, {}),
 }  # fmt: skip
 
@@ -363,7 +363,6 @@ def test_experts_that_are_the_identity_stay_with_their_token() -> None:
 # Experts that are seen and cannot be rewritten, and why.
 REFUSED = {
     "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module
-    "llama4_text": "it holds stacked weights, but is not called with hidden states",  # every expert gets every token
 }
 
 
