@@ -30,7 +30,7 @@ TESTS = (
 )  # fmt: skip
 ON_RANKS = (
     "tests/distributed/test_gradients.py", "tests/distributed/test_existing.py", "tests/distributed/test_fold.py",
-    "tests/distributed/test_expert_shards.py", "tests/distributed/test_post_expert_norm.py",
+    "tests/distributed/test_expert_shards.py", "tests/distributed/test_unusual_experts.py",
     "tests/distributed/test_pipeline.py",
 )  # fmt: skip
 NEEDED = ("pytest", "hypothesis", "scipy", "peft>=0.21")

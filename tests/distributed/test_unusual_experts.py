@@ -1,8 +1,13 @@
-"""Muse Spark normalizes the output of each expert before its weighted sum: on ranks its weight sees the rows of their
-own experts alone, and its gradient is the sum of what they have seen."""
+"""Experts of which the weighted sum of outputs is not all, on ranks.
+
+Muse Spark normalizes the output of each expert before its weighted sum: the norm's weight sees the rows of a rank's own
+experts alone, and its gradient is the sum of what they have seen. Llama 4 scales what an expert reads in place of what
+it returns, so that the router's gradient comes back with that of the rows.
+"""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -30,8 +35,8 @@ TWO = {
 }  # fmt: skip
 
 
-def built() -> nn.Module:
-    """A tiny Muse Spark in float64, with experts in every layer and nothing at its initial value."""
+def muse_spark() -> nn.Module:
+    """With experts in every layer."""
     from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
     from transformers.models.muse_spark.modeling_muse_spark import MuseSparkTextModel
 
@@ -42,7 +47,29 @@ def built() -> nn.Module:
         mlp_layer_types=["sparse"] * 2, use_cache=False,
     )  # fmt: skip
     config._experts_implementation = "eager"
-    model: nn.Module = MuseSparkTextModel(config).double()
+    return MuseSparkTextModel(config)
+
+
+def llama4() -> nn.Module:
+    """With experts in every other layer, attention in chunks, and one layer without positions."""
+    from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextModel
+
+    config = Llama4TextConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=12, intermediate_size_mlp=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=32, attention_chunk_size=4,
+        num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, pad_token_id=0, eos_token_id=None,
+        bos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    return Llama4TextModel(config)
+
+
+MODELS = {"muse_spark": muse_spark, "llama4": llama4}
+
+
+def built(name: str) -> nn.Module:
+    """A tiny model in float64, with nothing at its initial value."""
+    model = MODELS[name]().double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,13 +90,13 @@ def all_in_float64() -> Any:
     return mock.patch.object(Tensor, "float", Tensor.double)
 
 
-def ranks(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
-    """By dispatch."""
+def ranks(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """By model and dispatch."""
     found = {}
-    for name, overrides in TWO.items():
+    for (kind, name), overrides in ((key, TWO[key[1]]) for key in product(MODELS, TWO)):
         with all_in_float64():
             model = compile_model(
-                built(),
+                built(kind),
                 [*overrides, "mesh.ranks_per_node=2"],
                 example={"input_ids": torch.ones(1, 9, dtype=torch.int64)},
             )
@@ -78,14 +105,19 @@ def ranks(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
             mine, first = MICRO_BATCHES // plan.mesh.num_batches, plan.mesh.batch_index(rank)
             backward(model, range(first * mine, (first + 1) * mine))
             sum_replicated(model.parameters(), dist.group.WORLD)
-            found[name] = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            found[kind, name] = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     return found
 
 
 def test_two_ranks_equal_transformers_in_one_process() -> None:
-    with all_in_float64():
-        wanted = {name: grad.clone() for name, grad in backward(built().train(), range(MICRO_BATCHES)).items()}
-    norms = [name for name in wanted if "post_expert_norm" in name]
-    assert len(norms) == 2 and all(wanted[name].abs().max() > 1 for name in norms)
-    for name, grads in run_distributed_test(ranks, 2, timeout_s=120)[0].items():
-        assert worst(grads, wanted) < (1e-10, ""), name
+    wanted: dict[str, dict[str, Tensor]] = {}
+    for kind in MODELS:
+        with all_in_float64():
+            grads = backward(built(kind).train(), range(MICRO_BATCHES))
+        wanted[kind] = {name: grad.clone() for name, grad in grads.items()}
+    own = {"muse_spark": "post_expert_norm", "llama4": "router"}
+    for kind, part in own.items():
+        of_part = [name for name in wanted[kind] if part in name]
+        assert len(of_part) == 2 and all(wanted[kind][name].abs().max() > 1 for name in of_part)
+    for (kind, name), grads in run_distributed_test(ranks, 2, timeout_s=180)[0].items():
+        assert worst(grads, wanted[kind]) < (1e-10, ""), (kind, name)
