@@ -284,7 +284,7 @@ def test_generate_gives_the_same_text(name: str) -> None:
 
 IN_BF16 = (
     "afmoe", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "deepseek_v4", "ernie4_5_moe", "flint", "gpt_oss",
-    "hy_v4", "inkling_text", "mimo_v2_flash", "mixtral", "olmoe", "phimoe", "qwen3_moe", "qwen4_exp", "qwen4_exp_text",
+    "hy_v4", "inkling_text", "llama4_text", "mimo_v2_flash", "mixtral", "olmoe", "phimoe", "qwen3_moe", "qwen4_exp", "qwen4_exp_text",
     "solar_open", "unlimited_ocr",
 )  # fmt: skip
 

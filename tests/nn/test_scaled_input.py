@@ -45,7 +45,8 @@ def blocks(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_block_inside_returns_and_differentiates_to_the_same(training: bool) -> None:
+def test_a_block_inside_returns_and_differentiates_to_the_same(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # the sigmoid is in fp32, and rounds by the place of a row
     model = built().double().train(training)
     block, x = blocks(model)[0], torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
 
@@ -87,9 +88,7 @@ def test_its_code_has_no_loss_of_routers_that_would_count_twice() -> None:
     """It has a coefficient of one in its config all the same, and trains with it here."""
     model = compile_model(built().train(), ONE, example=EXAMPLE)
     loss = model(IDS, labels=IDS, output_router_logits=True).loss
-    assert torch.equal(loss, built().train()(IDS, labels=IDS).loss) or torch.allclose(
-        loss, built()(IDS, labels=IDS).loss
-    )
+    assert torch.allclose(loss, built()(IDS, labels=IDS).loss)
 
 
 def test_on_the_meta_device_the_plan_is_the_same() -> None:

@@ -43,11 +43,14 @@ PUBLISHED = {
     "nemotron3_nano_30b_a3b": ("31.6", "3.58", True),
     "longcat_flash": ("560", "27", False),
     "deepseek_v4_flash": ("284", "13", False),
+    "llama4_scout": ("107.8", "17", True),  # without the tower for images, of 0.9 B
+    "llama4_maverick": ("400.7", "17", True),
 }
 MOE_LAYERS = {
     "deepseek_v3": 58, "deepseek_r1": 58, "deepseek_v2": 59, "mixtral_8x7b": 32, "mixtral_8x22b": 56,
     "qwen3_30b_a3b": 48, "qwen3_235b_a22b": 94, "gpt_oss_20b": 24, "gpt_oss_120b": 36, "olmoe_1b_7b": 16,
     "switch_base": 12, "nemotron3_nano_30b_a3b": 23, "longcat_flash": 28, "deepseek_v4_flash": 43,
+    "llama4_scout": 48, "llama4_maverick": 24,
 }  # fmt: skip
 
 
