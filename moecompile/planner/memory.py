@@ -23,6 +23,8 @@ vocabulary.
        layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
                 buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer
        root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
+       freed    whole weights, all of which FSDP has freed by then: a unsharded; none where they stay for the next
+                micro-batch
        weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
    moments, and with accumulation the gradients of this micro-batch besides (lookups.py). Frozen weights have no
@@ -39,7 +41,7 @@ vocabulary.
                  old + kept + forward                          attention's scores
        loss      held + kept + loss
        layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
-       end       held + shards + root
+       end       held + shards + root - freed
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
 ranks use.
@@ -222,6 +224,7 @@ class Gradients:
     shards: int = 0
     layer: int = 0
     root: int = 0
+    freed: int = 0
 
     @property
     def peak(self) -> int:
@@ -237,7 +240,7 @@ def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
             old + made.kept + max(made.loss * copies / LOGITS_COPIES, made.forward),
             grads.held + made.kept + made.loss,
             grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
-            grads.held + grads.shards + grads.root,
+            grads.held + grads.shards + grads.root - grads.freed,
         )
     )
 
@@ -412,9 +415,11 @@ def _grads(
     wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
     held = own * wide + router if run.accumulation > 1 else 0
     shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
+    is_freed = run.gather == "layer" or run.accumulation == 1
     return Gradients(
         held=held, shards=shards, layer=made * min(all_grads, head + layer) + wide * layer,
         root=(made + wide) * root,
+        freed=_gathered_params(layers, mesh, facts, run) * run.compute_bytes * is_freed,
     )  # fmt: skip
 
 
