@@ -209,6 +209,20 @@ def test_shards_that_are_cut_unevenly_are_found(tmp_path: Path) -> None:
     assert conclusion(texts).startswith("rehearsed: the program differs from the plan: weights gathered over edp: ")
 
 
+@pytest.mark.parametrize("given", [[], ["data.global_batch_size=16", "trainer.reduce=each", "trainer.gather=layer"]])
+def test_weights_are_freed_before_the_gradients_of_many_words_are_reduced(given: list[str], tmp_path: Path) -> None:
+    base = [
+        "model=deepseek_nano", "mesh=cpu_1x4", "model.config.num_hidden_layers=2", "model.config.vocab_size=16384",
+        "data.vocab_size=300", "data.seq_len=32", "data.micro_batch_size=2", "data.global_batch_size=8",
+        "trainer.progress_bar=false",
+    ]  # fmt: skip
+    config, plan, facts, run = described(given, base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    (peak,) = (row for row in rows if row.name == "peak")
+    assert peak.seen == pytest.approx(peak.planned, rel=0.07)  # a third apart if these counted
+
+
 def test_a_full_rank_receives_more(tmp_path: Path) -> None:
     config, plan, facts, run = described(["dispatch=hierarchical"])
     with no_group():
