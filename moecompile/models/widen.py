@@ -10,7 +10,8 @@ grows to m k, a token chooses all copies of its k experts, and the weights of th
     softmax over the chosen     each copy gets 1 / m of the weight
     sigmoid, normalised         the same; not normalised, the sum is m times as large
 
-With top-k kept, equal logits tie, and a token may get copies of one expert instead of two experts. Groups scored by the
+With top-k kept, equal logits tie, and a token may get copies of one expert instead of two experts; with one expert per
+token, whose score is a sigmoid, any copy does the same. Groups scored by the
 sum of their two best experts may be ranked differently. Both are not promised to be equal, and neither are copies by
 load, where experts have different numbers of copies.
 
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from moecompile.arguments import check_example, check_model
 from moecompile.capture import Example, call_with, in_mode, is_meta
 from moecompile.errors import ArgumentError, ConfigError
+from moecompile.match.experts import ExpertsMatch
 from moecompile.nn.scaled_input import standard_calls
 from moecompile.pipeline.captured import capture_planned
 from moecompile.pipeline.facts import WIDENED
@@ -104,7 +106,7 @@ def widen_experts(
     check_model(model)
     check_example(example)
     _check(factor, top_k, noise)
-    sites = moe_sites(model, example)  # Step 1
+    sites = moe_sites(model, example, top_k)  # Step 1
     copies = {
         site.fqn: _copied(site, factor, None if load is None else _load_of(load, site)) for site in sites
     }  # Step 2
@@ -152,8 +154,8 @@ def _check(factor: int, top_k: str, noise: float) -> None:
         raise ArgumentError("noise", noise, "must be at least 0 and less than 1", "Use 0.01")
 
 
-def moe_sites(model: nn.Module, example: Example) -> list[ExpertsSite]:
-    """The experts of a model that can be widened.
+def moe_sites(model: nn.Module, example: Example, top_k: str = "kept") -> list[ExpertsSite]:
+    """The experts of a model that can be widened with this top-k.
 
     Raises:
         ArgumentError: it cannot be.
@@ -169,6 +171,11 @@ def moe_sites(model: nn.Module, example: Example) -> list[ExpertsSite]:
         if site.form == "modules":
             rule = f"each expert of {site.fqn} is a module, whose names would change"
             raise ArgumentError("model", type(model).__name__, rule, "Widen a family with stacked experts")
+    for path, region in captured.regions.items():
+        match = region.matches[path]
+        if top_k == "scaled" and isinstance(match, ExpertsMatch) and match.scales_input:
+            rule = f"{path} scales what its experts read, which is supported for one expert per token"
+            raise ArgumentError("top_k", top_k, rule, "Use kept")
     if len({(site.num_experts, site.top_k) for site in sites}) > 1:
         rule = "its layers have different numbers of experts, and the config of a family has one"
         raise ArgumentError("model", type(model).__name__, rule, "Widen a model whose layers are alike")
@@ -205,13 +212,13 @@ def _why_not_equal(
     first, config = sites[0], text_config_of(model.config)
     if by_load:
         return "experts have different numbers of copies, so their shares of a token change"
-    if top_k == "kept":
+    if top_k == "kept" and (first.top_k > 1 or first.score != "sigmoid"):
         return "copies tie with top-k kept, so a token may get copies of one expert in place of another expert"
     if any(site.top_groups < site.groups for site in sites):
         return "copies change the scores of expert groups"
     if first.score not in ("softmax", "sigmoid"):
         return "what the router makes of its logits is not known"
-    if first.score == "sigmoid" and not getattr(config, "norm_topk_prob", True):
+    if top_k == "scaled" and first.score == "sigmoid" and not getattr(config, "norm_topk_prob", True):
         return f"{factor} copies of a sigmoid that is not normalised have {factor} times the weight"
     return None
 

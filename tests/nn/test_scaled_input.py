@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moecompile import compile_model, make_plan
-from moecompile.errors import ConfigError
+from moecompile.errors import ArgumentError, ConfigError
+from moecompile.models.widen import moe_sites, widen_experts
 from moecompile.nn.scaled_input import standard_calls
 
 llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4")
@@ -100,3 +101,11 @@ def test_more_experts_for_a_token_are_refused() -> None:
     """Each row would need a scale of its own before it is sent."""
     with pytest.raises(ConfigError, match="not called with hidden states"):
         compile_model(built(num_experts_per_tok=2), ONE, example=EXAMPLE)
+
+
+def test_it_is_widened_with_one_expert_for_a_token() -> None:
+    with pytest.raises(ArgumentError, match=r"top_k=scaled: .* scales what its experts read"):
+        widen_experts(built(), 2, example=EXAMPLE)
+    wide = widen_experts(built(), 2, example=EXAMPLE, top_k="kept")
+    assert wide.reason is None and wide.max_abs_diff <= 1e-5
+    assert [site.num_experts for site in moe_sites(wide.model, EXAMPLE)] == [8, 8]
