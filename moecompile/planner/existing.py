@@ -315,12 +315,8 @@ def _groups_note(site: ExpertsSite, mesh: MeshSpec) -> str | None:
 def _check_ep(site: ExpertsSite, mesh: MeshSpec) -> None:
     if site.num_experts % mesh.ep:
         fitting = [n for n in range(1, site.num_experts + 1) if not site.num_experts % n and not mesh.world_size % n]
-        raise ConfigError(
-            "mesh.ep",
-            mesh.ep,
-            f"must divide the {site.num_experts} experts of {site.fqn}",
-            f"Use one of {fitting}, or mesh.ep=search",
-        )
+        rule = f"must divide the {site.num_experts} experts of {site.fqn}"
+        raise ConfigError("mesh.ep", mesh.ep, rule, f"Use one of {fitting}, or mesh.ep=search")
 
 
 def _misfits(site: ExpertsSite, settings: LayerSettings, mesh: MeshSpec, config: Config) -> Iterator[Misfit]:
