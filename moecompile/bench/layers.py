@@ -112,7 +112,7 @@ def measure_layers(
 
 def layer_pairs(model: nn.Module, plan: Plan, config: Config, example: Example, device: torch.device) -> Iterator[Pair]:
     """One pair for each distinct layer, built lazily."""
-    with standard_calls(model):
+    with standard_calls(model, example):
         yield from _pairs(model, plan, config, example, device)
 
 

@@ -11,9 +11,9 @@ grows to m k, a token chooses all copies of its k experts, and the weights of th
     sigmoid, normalised         the same; not normalised, the sum is m times as large
 
 With top-k kept, equal logits tie, and a token may get copies of one expert instead of two experts; with one expert per
-token, whose score is a sigmoid, any copy does the same. Groups scored by the sum of their two best experts may be ranked
-differently. Both are not promised to be equal, and neither are copies by load, where experts have different numbers of
-copies.
+token, whose score is a sigmoid, any copy does the same. Groups scored by the sum of their two best experts may be
+ranked differently. Both are not promised to be equal, and neither are copies by load, where experts have different
+numbers of copies.
 
 Algorithm:
   1. Find the experts and read their number, top-k and groups.
@@ -162,7 +162,7 @@ def moe_sites(model: nn.Module, example: Example, top_k: str = "kept") -> list[E
     """
     if not hasattr(model, "_from_config"):
         raise ArgumentError("model", type(model).__name__, "is no model of transformers", "Widen one of these")
-    with standard_calls(model):
+    with standard_calls(model, example):
         captured = capture_planned(model, None, Config(), example)
     sites = [site for site in captured.sites if isinstance(site, ExpertsSite)]
     if not sites:

@@ -16,9 +16,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moecompile.capture import Example, ModuleCall, call_with, in_mode, is_meta, undisturbed
+from moecompile.capture.record import form_of
+from moecompile.torch_private import tree_leaves
 
 _PARTS = ("experts", "router", "shared_expert")
 
@@ -76,20 +81,73 @@ def scale_input(hidden_TD: Tensor, weights_T1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def standard_calls(model: nn.Module) -> Iterator[None]:
-    """Inside, blocks call their experts like all others. Those whose experts were replaced do so for good."""
-    found = ((block, _experts_of(block)) for block in model.modules())
-    given = [(block, experts, type(block), type(experts)) for block, experts in found if experts is not None]
-    for block, experts, kind, kind_of_experts in given:
-        block.__class__ = _mixed(ScaledInputBlock, kind)
-        experts.__class__ = _mixed(ScaledInputExperts, kind_of_experts)
+def standard_calls(model: nn.Module, example: Example) -> Iterator[None]:
+    """Inside, blocks call their experts like all others. Those whose experts were replaced do so for good.
+
+    A block that returns something else so, on its call in a forward of the example, is left as it is. Without values,
+    on the meta device, none is tried.
+    """
+    given = [_Given(block, experts) for block in model.modules() if (experts := _experts_of(block)) is not None]
+    calls = _calls(model, given, example) if given and not is_meta(model) else {}
+    given = [each for each in given if each.put(calls.get(each.block))]
     try:
         yield
     finally:
-        for block, experts, kind, kind_of_experts in given:
-            experts.__class__ = kind_of_experts
-            if block.experts is experts:
-                block.__class__ = kind
+        for each in given:
+            each.take_back()
+
+
+class _Given:
+    """A block whose classes are changed."""
+
+    def __init__(self, block: Any, experts: nn.Module) -> None:
+        self.block, self.experts, self.kinds = block, experts, (type(block), type(experts))
+
+    def put(self, call: tuple[ModuleCall, Any] | None) -> bool:
+        """Whether it returns what it did in this call; else it is as before."""
+        self.block.__class__ = _mixed(ScaledInputBlock, self.kinds[0])
+        self.experts.__class__ = _mixed(ScaledInputExperts, self.kinds[1])
+        if call is None or _agree(self.block, *call):
+            return True
+        self.take_back()
+        return False
+
+    def take_back(self) -> None:
+        """Undoes `put`, unless the experts were replaced."""
+        self.experts.__class__ = self.kinds[1]
+        if self.block.experts is self.experts:
+            self.block.__class__ = self.kinds[0]
+
+
+def _calls(model: nn.Module, given: list[_Given], example: Example) -> dict[nn.Module, tuple[ModuleCall, Any]]:
+    """What blocks were called with first in a forward, and what they returned; empty if the model does not run."""
+    found = dict[nn.Module, tuple[ModuleCall, Any]]()
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.setdefault(block, (ModuleCall(args, kwargs), output))
+
+    handles = [each.block.register_forward_hook(note, with_kwargs=True) for each in given]
+    try:
+        with undisturbed(model):
+            call_with(model, example)
+    except Exception:  # capture says why
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def _agree(block: nn.Module, call: ModuleCall, wanted: Any) -> bool:
+    """Whether a block returns this, within rounding."""
+    with in_mode(block, training=False):
+        got = block.forward(*call.args, **call.kwargs)
+    pairs = list(zip(tree_leaves(got), tree_leaves(wanted), strict=False))
+    return form_of(got) == form_of(wanted) and all(
+        a.shape == b.shape and float((a - b).abs().max()) <= torch.finfo(b.dtype).eps ** 0.5 * float(b.abs().max())
+        for a, b in pairs
+    )
 
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

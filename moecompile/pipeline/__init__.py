@@ -200,7 +200,7 @@ def compile_with_report(
 ) -> Compilation:
     """`compile_model` with a full report: sites, pass records, graphs before and after, step-0 difference."""
     _check(model, example, plan, device_mesh, until)
-    with standard_calls(model):
+    with standard_calls(model, example):
         return _compiled(model, overrides, example, plan, device_mesh, until)
 
 

@@ -30,7 +30,7 @@ def planning_facts(
     model: nn.Module, config: Config, example: Example, plan: Plan | None = None
 ) -> tuple[Sequence[PlannedSite], ModelFacts]:
     """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
-    with standard_calls(model):
+    with standard_calls(model, example):
         captured = capture_planned(model, plan, config, example)
         return captured.sites, facts_of(model, example, captured, config.mesh)
 

@@ -60,7 +60,7 @@ def test_a_block_inside_returns_and_differentiates_to_the_same(training: bool, m
         return [out, logits, *grads]
 
     wanted = run()
-    with standard_calls(model):
+    with standard_calls(model, EXAMPLE):
         got = run()
     assert all((a - b).abs().max() <= 1e-12 * b.abs().max() for a, b in zip(got, wanted, strict=True))
 
@@ -109,3 +109,14 @@ def test_it_is_widened_with_one_expert_for_a_token() -> None:
     wide = widen_experts(built(), 2, example=EXAMPLE, top_k="kept")
     assert wide.reason is None and wide.max_abs_diff <= 1e-5
     assert [site.num_experts for site in moe_sites(wide.model, EXAMPLE)] == [8, 8]
+
+
+def test_a_block_that_computes_something_else_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of transformers whose scores are others."""
+    own = llama4.Llama4TextMoe.forward
+    monkeypatch.setattr(llama4.Llama4TextMoe, "forward", lambda self, x: (own(self, x)[0] * 1.01, own(self, x)[1]))
+    model = built()
+    before = kinds(model)
+    with pytest.raises(ConfigError, match="not called with hidden states"):
+        compile_model(model, ONE, example=EXAMPLE)
+    assert kinds(model) == before
