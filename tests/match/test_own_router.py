@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from moecompile.nn.scaled_input import standard_calls
 from moecompile.pipeline.captured import capture_planned
 from moecompile.plan import ExpertsSite
 from tests.existing_models import CONFIGS, moe_inputs, moe_model
@@ -22,7 +23,9 @@ IDS = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def sites_of(model: nn.Module, example: Any) -> list[ExpertsSite]:
-    return [site for site in capture_planned(model, None, config(), example).sites if isinstance(site, ExpertsSite)]
+    with standard_calls(model, example):
+        captured = capture_planned(model, None, config(), example)
+    return [site for site in captured.sites if isinstance(site, ExpertsSite)]
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -282,7 +282,9 @@ def _trained(config: Config, folder: Path) -> Rehearsal:
     config, watch = shortened(config, plan), Watch()
     trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])
     module = LanguageModule(model, config.optimizer, config.trainer.max_steps)
-    generator = torch.Generator().manual_seed(dist.get_rank())  # routes, and so rows, are the same in each run
+    generator = torch.Generator().manual_seed(
+        plan.mesh.batch_index(dist.get_rank())
+    )  # routes, and so rows, are the same in each run
     tokens = torch.randint(0, 512, (accumulation_steps(config, plan.mesh), 2, 64), generator=generator)
     batches = [dict.fromkeys(BATCH, each) for each in tokens]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
