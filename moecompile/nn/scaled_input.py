@@ -143,10 +143,9 @@ def _agree(block: nn.Module, call: ModuleCall, wanted: Any) -> bool:
     """Whether a block returns this, within rounding."""
     with in_mode(block, training=False):
         got = block.forward(*call.args, **call.kwargs)
-    pairs = list(zip(tree_leaves(got), tree_leaves(wanted), strict=False))
     return form_of(got) == form_of(wanted) and all(
         a.shape == b.shape and float((a - b).abs().max()) <= torch.finfo(b.dtype).eps ** 0.5 * float(b.abs().max())
-        for a, b in pairs
+        for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True)
     )
 
 
