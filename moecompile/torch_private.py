@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     _CachingTorchDispatchMode,
@@ -72,6 +73,7 @@ __all__ = [
     "gathered_bytes",
     "group_of_members",
     "groups_of",
+    "has_triton",
     "hooks_of",
     "in_backward",
     "is_fake",

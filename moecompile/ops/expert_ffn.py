@@ -26,6 +26,8 @@ and computed again, which costs little beside the products.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +47,14 @@ from moecompile.ops.grouped import (
     grouped_mm_weight_grad,
     weight_grad,
 )
+from moecompile.torch_private import has_triton
 
 # -- SwiGLU with a routing weight, in place: hidden = weight * silu(gate) * up, and its gradients -------------------
 #
 # Legend: M rows, F expert width, G = 2 F, gate first.
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_PIECE = 1 << 21  # numbers of gate and up: torch's ops make seven times as many in between
 
 
 def _kernels_for(gate_up_MG: Tensor, weights_M: Tensor) -> Kernels | None:
@@ -65,8 +69,7 @@ def activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
         rows, width = hidden_MF.shape
         native(f"forward_{_SUFFIX[gate_up_MG.dtype]}", gate_up_MG, weights_M, hidden_MF, rows, width)
         return
-    gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
-    hidden_MF.copy_((F.silu(gate) * up).mul_(weights_M.unsqueeze(1)))
+    _compute(0, gate_up_MG, weights_M, hidden_MF)
 
 
 def activate_backward(
@@ -81,16 +84,44 @@ def activate_backward(
             rows, width,
         )  # fmt: skip
         return
+    _compute(1, gate_up_MG, weights_M, dh_MF, grad_MG, hidden_MF, grad_weights_M)
+
+
+def _compute(index: int, gate_up_MG: Tensor, *of_rows: Tensor) -> None:
+    """A function of `_FUNCTIONS` without a kernel of ours: one of Triton's, else torch's ops on some rows at a time."""
+    if (fused := _fused(gate_up_MG.device)) is not None and gate_up_MG.numel():
+        fused[index](gate_up_MG, *of_rows)
+        return
+    rows = max(1, _PIECE // gate_up_MG.shape[1])
+    for start in range(0, gate_up_MG.shape[0], rows):
+        _FUNCTIONS[index](*(each[start : start + rows] for each in (gate_up_MG, *of_rows)))
+
+
+@functools.cache
+def _fused(device: torch.device) -> tuple[Callable[..., None], ...] | None:
+    """On a GPU, the functions as a kernel each; None without Triton, or on a GPU that is too old for it."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    return tuple(torch.compile(function, dynamic=True) for function in _FUNCTIONS)
+
+
+def _activate(gate_up_MG: Tensor, weights_M: Tensor, hidden_MF: Tensor) -> None:
     gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
-    sigmoid, grad = gate.sigmoid(), _wide(dh_MF, weights_M)
+    hidden_MF.copy_(F.silu(gate) * up * weights_M.unsqueeze(1))
+
+
+def _activate_backward(
+    gate_up_MG: Tensor, weights_M: Tensor, dh_MF: Tensor, grad_MG: Tensor, hidden_MF: Tensor, grad_weights_M: Tensor
+) -> None:
+    gate, up = _wide(gate_up_MG, weights_M).chunk(2, 1)
+    sigmoid, grad, weight = gate.sigmoid(), _wide(dh_MF, weights_M), weights_M.unsqueeze(1)
     silu = gate * sigmoid
-    hidden = silu * up
-    grad_weights_M.copy_((hidden * grad).sum(1))
-    hidden_MF.copy_(hidden.mul_(weights_M.unsqueeze(1)))
-    grad = grad * weights_M.unsqueeze(1)
-    width = hidden_MF.shape[1]
-    grad_MG[:, width:].copy_(grad * silu)
-    grad_MG[:, :width].copy_(grad.mul_(up).mul_(sigmoid + silu * (1 - sigmoid)))
+    grad_weights_M.copy_((silu * up * grad).sum(1))
+    hidden_MF.copy_(silu * up * weight)
+    grad_MG.copy_(torch.cat((grad * weight * up * (sigmoid + silu * (1 - sigmoid)), grad * weight * silu), 1))
+
+
+_FUNCTIONS = (_activate, _activate_backward)
 
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:
@@ -145,6 +176,17 @@ class Stacks(NamedTuple):
         num_experts = sum(stack.shape[0] for stack in self.downs)
         return at_once(x_VD, num_rows, num_experts, *self.gate_ups[0].shape[1:], self.downs[0].shape[2])
 
+    def meanwhile(self, rows_P: Tensor, before: tuple[int, int], beside: tuple[int, int]) -> None:
+        """For a fake kernel, of a GPU: what `Load.meanwhile` says, in D and F of a row.
+
+        Args:
+            rows_P: something of each row.
+        """
+        like, num_rows = self.downs[0], rows_P.shape[0]
+        if sizes.on_gpu() and self.at_once(like, num_rows):
+            row = num_rows * like.element_size()
+            sizes.meanwhile(*(row * (d * like.shape[1] + f * like.shape[2]) for d, f in (before, beside)))
+
 
 @torch.library.custom_op("moecompile::expert_ffn", mutates_args=())
 def expert_ffn(
@@ -171,6 +213,7 @@ def _(
     x_VD: Tensor, source_R: Tensor, weights_R: Tensor, counts_S: Tensor, gate_ups: list[Tensor], downs: list[Tensor],
     grad_token: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    Stacks(gate_ups, downs).meanwhile(source_R, before=(1, 2), beside=(1, 1))
     size = sizes.size(lambda _: source_R.shape[0]) if may_be_padded(x_VD) else source_R.shape[0]
     return (
         torch.empty_like(x_VD),
@@ -256,16 +299,22 @@ def expert_ffn_backward(
     if not stacks.at_once(given.x_VD, given.source_R.shape[0]):
         grads = Stacks(*([torch.empty_like(stack) for stack in each] for each in stacks))
         return *_inputs_by_blocks(grad_VD, given, stacks, None, grads), grads.gate_ups, grads.downs
-    grad_x, grad_weights, grad_RD, grad_RG, hidden_RF, _ = _inputs_at_once(grad_VD, given, stacks)
+    grad_RD, grad_hidden_RF = _hidden_at_once(grad_VD, given, stacks)
+    grad_RG, hidden_RF, grad_weights = _activated(given, grad_hidden_RF)
+    del grad_hidden_RF  # what is not needed any more makes room, here and below
+    grad_downs = grouped_mm_weight_grad(grad_RD, hidden_RF, downs, given.counts_S)
+    del grad_RD, hidden_RF
     rows_RD = given.x_VD.index_select(0, given.source_P)
     grad_gate_ups = grouped_mm_weight_grad(grad_RG, rows_RD, gate_ups, given.counts_S)
-    return grad_x, grad_weights, grad_gate_ups, grouped_mm_weight_grad(grad_RD, hidden_RF, downs, given.counts_S)
+    del rows_RD
+    return _rows_at_once(grad_RG, given, stacks), grad_weights, grad_gate_ups, grad_downs
 
 
 @expert_ffn_backward.register_fake
 def _(
     grad_VD: Tensor, saved: list[Tensor], gate_ups: list[Tensor], downs: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    Stacks(gate_ups, downs).meanwhile(saved[1], before=(1, 4), beside=(1, 2))
     grad_gate_ups, grad_downs = ([torch.empty_like(stack) for stack in each] for each in (gate_ups, downs))
     return *_fake_inputs(Saved(*saved)), grad_gate_ups, grad_downs
 
@@ -277,8 +326,9 @@ def expert_ffn_input_grad(
     """Gradients of `expert_ffn` for x_VD and weights_R, and grad_hidden_PF, which `expert_ffn_weight_grad` needs."""
     given, stacks = Saved(*saved), Stacks(gate_ups, downs)
     if stacks.at_once(given.x_VD, given.source_R.shape[0]):
-        grad_x, grad_weights, *_, grad_hidden_RF = _inputs_at_once(grad_VD, given, stacks)
-        return grad_x, grad_weights, grad_hidden_RF
+        grad_hidden_RF = _hidden_at_once(grad_VD, given, stacks)[1]
+        grad_RG, grad_weights = _activated(given, grad_hidden_RF)[::2]
+        return _rows_at_once(grad_RG, given, stacks), grad_weights, grad_hidden_RF
     grad_hidden_PF = given.x_VD.new_empty(given.source_P.shape[0], downs[0].shape[2])
     return *_inputs_by_blocks(grad_VD, given, stacks, grad_hidden_PF, None), grad_hidden_PF
 
@@ -288,6 +338,7 @@ def _(
     grad_VD: Tensor, saved: list[Tensor], gate_ups: list[Tensor], downs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = Saved(*saved)
+    Stacks(gate_ups, downs).meanwhile(given.source_R, before=(0, 4), beside=(1, 2))
     return (*_fake_inputs(given), given.x_VD.new_empty(given.source_P.shape[0], downs[0].shape[2]))
 
 
@@ -323,16 +374,24 @@ def _inputs_by_blocks(
     return summed(grad_PD, source_R, counts_E, padded_E, x_VD), grad_weights
 
 
-def _inputs_at_once(grad_VD: Tensor, given: Saved, stacks: Stacks) -> tuple[Tensor, ...]:
-    """Gradients for x_VD and weights_R, then grad_RD, and of `activate` grad_RG, hidden_RF and grad_hidden_RF."""
+def _hidden_at_once(grad_VD: Tensor, given: Saved, stacks: Stacks) -> tuple[Tensor, Tensor]:
+    """grad_RD, and the gradient of the hidden activation."""
     grad_RD = grad_VD.index_select(0, given.source_P)
-    grad_hidden_RF = grouped_mm_input_grad(grad_RD, stacks.downs, given.counts_S)
-    grad_RG, hidden_RF = torch.empty_like(given.gate_up_PG), torch.empty_like(grad_hidden_RF)
-    grad_weights_R = torch.empty_like(given.weights_P)
-    activate_backward(given.gate_up_PG, given.weights_P, grad_hidden_RF, grad_RG, hidden_RF, grad_weights_R)
+    return grad_RD, grouped_mm_input_grad(grad_RD, stacks.downs, given.counts_S)
+
+
+def _activated(given: Saved, grad_hidden_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_RG, hidden_RF and grad_weights_R of `activate_backward`."""
+    found = torch.empty_like(given.gate_up_PG), torch.empty_like(grad_hidden_RF), torch.empty_like(given.weights_P)
+    activate_backward(given.gate_up_PG, given.weights_P, grad_hidden_RF, *found)
+    return found
+
+
+def _rows_at_once(grad_RG: Tensor, given: Saved, stacks: Stacks) -> Tensor:
+    """The gradient of x_VD."""
     grad_rows_RD = grouped_mm_input_grad(grad_RG, stacks.gate_ups, given.counts_S)
-    grad_x = torch.ops.moecompile.sum_rows(grad_rows_RD, given.source_R, given.x_VD.shape[0])
-    return grad_x, grad_weights_R, grad_RD, grad_RG, hidden_RF, grad_hidden_RF
+    out: Tensor = torch.ops.moecompile.sum_rows(grad_rows_RD, given.source_R, given.x_VD.shape[0])
+    return out
 
 
 class _Chunk(NamedTuple):
@@ -359,11 +418,11 @@ def expert_ffn_weight_grad(left: list[Tensor]) -> tuple[Tensor, Tensor]:
     x, counts_E = chunks[0].saved.x_VD, [chunk.saved.counts_S for chunk in chunks]
     num_experts, model = counts_E[0].shape[0], x.shape[1]
     inner, width = chunks[0].saved.gate_up_PG.shape[1], chunks[0].grad_hidden_PF.shape[1]
-    sizes = [chunk.saved.source_P.shape[0] for chunk in chunks]
-    if at_once(x, sum(sizes), num_experts, inner, model, width):
+    rows_of = [chunk.saved.source_P.shape[0] for chunk in chunks]
+    if at_once(x, sum(rows_of), num_experts, inner, model, width):
         return _weights_at_once(chunks)
     products, counts = Products(x), [each.tolist() for each in counts_E]
-    starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
+    starts = [starts_of(each, size) for each, size in zip(counts, rows_of, strict=True)]
     blocks, _ = make_blocks(torch.stack(counts_E).sum(0), x, inner, pad=is_padded(x))
     grad_gate_up, grad_down = x.new_empty(num_experts, inner, model), x.new_empty(num_experts, model, width)
     of_rows, of_hidden, of_inner = (scratch(blocks, x, size) for size in (model, width, inner))
@@ -394,7 +453,10 @@ def _(left: list[Tensor]) -> tuple[Tensor, Tensor]:
     _, grad_hidden_PF, (x_VD, _, counts_E, gate_up_PG, *_) = _chunks(left)[0]
     num_experts, model = counts_E.shape[0], x_VD.shape[1]
     gate_up = x_VD.new_empty(num_experts, gate_up_PG.shape[1], model)
-    return gate_up, x_VD.new_empty(num_experts, model, grad_hidden_PF.shape[1])
+    down = x_VD.new_empty(num_experts, model, grad_hidden_PF.shape[1])
+    rows = torch.cat([chunk.saved.weights_P for chunk in _chunks(left)])
+    Stacks([gate_up], [down]).meanwhile(rows, before=(0, 6), beside=(1, 2))
+    return gate_up, down
 
 
 def _weights_at_once(chunks: list[_Chunk]) -> tuple[Tensor, Tensor]:
@@ -414,9 +476,9 @@ def _weights_at_once(chunks: list[_Chunk]) -> tuple[Tensor, Tensor]:
     grad_hidden_RF = joined([chunk.grad_hidden_PF for chunk in chunks])
     grad_RG, hidden_RF = torch.empty_like(gate_up_RG), torch.empty_like(grad_hidden_RF)
     activate_backward(gate_up_RG, weights, grad_hidden_RF, grad_RG, hidden_RF, torch.empty_like(weights))
+    del gate_up_RG, grad_hidden_RF
     total_E = torch.stack(counts_E).sum(0)
-    rows_RD, grad_RD = (
-        torch.cat(parts).index_select(0, source)
-        for parts in ([each.x_VD for each in saved], [chunk.grad_VD for chunk in chunks])
-    )
-    return weight_grad(grad_RG, rows_RD, total_E), weight_grad(grad_RD, hidden_RF, total_E)
+    grad_down = weight_grad(torch.cat([chunk.grad_VD for chunk in chunks]).index_select(0, source), hidden_RF, total_E)
+    del hidden_RF
+    rows_RD = torch.cat([each.x_VD for each in saved]).index_select(0, source)
+    return weight_grad(grad_RG, rows_RD, total_E), grad_down

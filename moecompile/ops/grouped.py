@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompile.ops import sizes
 from moecompile.ops.collect import collected_by
 from moecompile.ops.cpu.blocks import Block, make_blocks, pieces, scratch, starts_of
 from moecompile.ops.cpu.products import Products, suits_kernel
@@ -109,13 +110,13 @@ def grouped_mm_weight_grads(grads_RF: list[Tensor], rows_RD: list[Tensor], count
     if len(grads_RF) == 1:
         return weight_grad(grads_RF[0], rows_RD[0], counts_E[0])
     grad, rows, total_E = grads_RF[0], rows_RD[0], torch.stack(counts_E).sum(0)
-    sizes, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
-    if grad.device.type != "cpu" or at_once(grad, sum(sizes), total_E.shape[0], *widths):  # without the counts
-        order_R = by_expert(counts_E, sizes)
+    numbers, widths = [each.shape[0] for each in rows_RD], (grad.shape[1], rows.shape[1])
+    if grad.device.type != "cpu" or at_once(grad, sum(numbers), total_E.shape[0], *widths):  # without the counts
+        order_R = by_expert(counts_E, numbers)
         grad_RF, row_RD = (torch.cat(parts).index_select(0, order_R) for parts in (grads_RF, rows_RD))
         return weight_grad(grad_RF, row_RD, total_E)
     counts, out_EFD = [each.tolist() for each in counts_E], grad.new_empty(total_E.shape[0], *widths)
-    starts = [starts_of(each, size) for each, size in zip(counts, sizes, strict=True)]
+    starts = [starts_of(each, size) for each, size in zip(counts, numbers, strict=True)]
     blocks, _ = make_blocks(total_E, rows, widths[0], pad=False)
     products, of_grad, of_rows = Products(grad), *(scratch(blocks, grad, width) for width in widths)
     for block in blocks:
@@ -226,7 +227,7 @@ def at_once(like: Tensor, num_rows: int, num_experts: int, *widths: int) -> bool
     """
     if any(width * like.element_size() % _ALIGNMENT_BYTES for width in widths):
         return False
-    if like.is_cuda:
+    if like.is_cuda or sizes.on_gpu():
         return like.dtype == torch.bfloat16
     return num_rows < _FEW_ROWS.get(like.dtype, 0) * num_experts
 

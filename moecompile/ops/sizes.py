@@ -24,7 +24,8 @@ class Load:
     experts of a layer with identities, or whose experts choose tokens -> assignments to an expert for one that is given
     (others: all). received: process group of an exchange -> rows received for one that is sent (others: 1). fullest:
     rows of this rank's experts over the mean of all ranks. different: of so many ids of a table with so many rows, how
-    many are different.
+    many are different. on_gpu: whether ops are those of a GPU. meanwhile: bytes that the last op made and freed as it
+    ran, at their most before its results were made, and beside them.
     """
 
     sent: Mapping[tuple[int, int], float] = field(default_factory=dict)
@@ -32,6 +33,8 @@ class Load:
     received: Mapping[str, float] = field(default_factory=dict)
     fullest: float = 1.0
     different: Callable[[int, int], float] = lambda num_ids, num_rows: num_ids
+    on_gpu: bool = False
+    meanwhile: tuple[int, int] = (0, 0)
     _given: dict[tuple[int, int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
     def rows_sent(self, num_rows: int, num_experts: int, num_parts: int) -> int:
@@ -86,6 +89,24 @@ def current() -> Load:
         IndexError: there is none.
     """
     return _loads[-1]
+
+
+def on_gpu() -> bool:
+    """Whether the ranks whose sizes are said have a GPU."""
+    return bool(_loads) and _loads[-1].on_gpu
+
+
+def meanwhile(before: int, beside: int) -> None:
+    """For a fake kernel: `Load.meanwhile`."""
+    current().meanwhile = before, beside
+
+
+def meanwhile_of_last() -> tuple[int, int]:
+    """`Load.meanwhile` of the op that has just run; without a load nothing is known."""
+    if not _loads:
+        return 0, 0
+    found, _loads[-1].meanwhile = _loads[-1].meanwhile, (0, 0)
+    return found
 
 
 def size(known: Callable[[Load], int]) -> int | torch.SymInt:

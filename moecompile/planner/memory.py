@@ -81,7 +81,11 @@ A2. All layers. What one keeps outside of its MoE layer, and makes for a while b
                                       again = the largest part that is computed again
        Exchanges that are sent again are not kept.
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
-       backward = b T K (2 D + F) + a T 2 D + w                                                 -> `backward_bytes`
+       backward = b T rows + a T 2 D + w                                                        -> `backward_bytes`
+       rows     = K (2 D + F)
+       on a GPU, fused and in bf16, where one product computes all experts, with v rows that reach the op, which has one
+       for each of its assignments (1 without exchanges):
+       rows     = max(v D + K (D + 4 F), 2 v D + K (D + 2 F))        of what precedes the activation; of the rows
    Where gradients of whole layers are kept, those of its experts are made beside them: w = a P_e / ep of the layer,
    else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
    (passes/delay_gradients.py). What they need is kept until then, one layer at a time:
@@ -129,7 +133,7 @@ from moecompile.planner.params import (
     trained_params,
 )
 from moecompile.planner.shards import expert_share, padded_experts, padding
-from moecompile.planner.traffic import copies_per_token
+from moecompile.planner.traffic import copies_per_token, rows_brought
 from moecompile.schema import Bf16Weights, resolved
 
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
@@ -605,14 +609,24 @@ def _latent_bytes(layer: LayerPlan, run: RunFacts) -> float:
 def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
     """Step A3."""
     top_k, experts = rows_per_token(layer, run), layer.experts
-    narrow = BF16_BYTES if run.is_mixed else run.compute_bytes
-    rows = narrow * top_k * (2 * layer.row_site.d_model + experts.d_expert)
-    of_token = rows + run.compute_bytes * 2 * layer.row_site.d_model
+    narrow, model, hidden = BF16_BYTES if run.is_mixed else run.compute_bytes, layer.row_site.d_model, experts.d_expert
+    numbers = top_k * (2 * model + hidden)
+    if layer.fused and mesh.device != "cpu" and narrow == BF16_BYTES:
+        given = model * _computed_from(layer, mesh, run)
+        numbers = max(given + top_k * (model + 4 * hidden), 2 * given + top_k * (model + 2 * hidden))
+    of_token = narrow * numbers + run.compute_bytes * 2 * model
     made = 0
     if run.keeps_whole_grads:
         stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
         made = stack * layer.placement.experts_per_rank * run.compute_bytes
     return of_token * tokens_of_a_rank(mesh, run) + made + left_bytes(layer, mesh, run)
+
+
+def _computed_from(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+    """Rows per token of a rank that the fullest rank's experts are given."""
+    if not layer.dispatch.exchanges:
+        return 1.0
+    return rows_brought(layer.dispatch.kind, layer.placement, layer.routing, mesh) * row_load(layer, run)
 
 
 def left_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:

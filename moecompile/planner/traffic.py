@@ -133,6 +133,14 @@ def rows_given(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh
     return {"": copies.own + copies.intra_node + copies.inter_node}
 
 
+def rows_brought(kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec) -> float:
+    """Rows per token of a rank that the last exchange of the dispatch brings to its experts, those of the rank itself
+    included; balanced."""
+    if kind == "allgather":
+        return float(placement.ep)
+    return list(rows_given(kind, placement, routing, mesh).values())[-1]
+
+
 def bytes_given(
     kind: str, placement: ExpertPlacement, routing: RoutingPlan, mesh: MeshSpec, widths: tuple[int, int], *,
     forwards: int, fullest: float,

@@ -38,7 +38,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.ops.baton import landed
 from moecompile.ops.exchange import group_of
 from moecompile.ops.lookups import bytes_given
-from moecompile.ops.sizes import Load, under
+from moecompile.ops.sizes import Load, meanwhile_of_last, under
 from moecompile.passes.base import on_an_axis
 from moecompile.passes.context_parallel import attention_of_a_gpu
 from moecompile.pipeline import plan_of
@@ -163,10 +163,12 @@ class Watch(TorchDispatchMode):
             return NotImplemented
         if self._now and func.namespace in ("moecompile", "c10d"):
             self._keep(func, args, kwargs or {})
-        result = self.run(func, args, kwargs or {})
+        result, (before, beside) = self.run(func, args, kwargs or {}), meanwhile_of_last()
+        self._peak = max(self._peak, self._live + before)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        self._peak = max(self._peak, self._live + beside)
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -521,4 +523,5 @@ def load_of(plan: Plan, fullest: float) -> Load:
     return Load(
         sent={key: fmean(values) for key, values in sent.items()},
         assigned={key: fmean(values) for key, values in assigned.items()}, fullest=fullest, different=different,
+        on_gpu=plan.mesh.device != "cpu",
     )  # fmt: skip

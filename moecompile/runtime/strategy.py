@@ -211,6 +211,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Shards the compiled model, then sets up optimizers as Lightning does."""
         assert self.model is not None and self.accelerator is not None
         self.accelerator.setup(trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # FSDP2 reads versions of its buffers; with gloo, Lightning does the same
         compiled = compiled_module(self.model)
         plan = plan_of(compiled)
         self._check_world(plan)

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from moecompile import ops  # noqa: F401  (registers the ops)
+from moecompile.ops import expert_ffn
 from moecompile.ops.cpu import native
 from moecompile.ops.cpu.blocks import _padded_length
 from moecompile.ops.cpu.products import faster_wide
@@ -119,6 +120,45 @@ def test_large_gates_do_not_overflow(gate: float, kernels: None) -> None:
     wanted.backward()
     assert torch.allclose(out[0, 0].double(), wanted, rtol=1e-6, atol=1e-30)
     assert torch.allclose(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-30)
+
+
+def _activations(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """What `activate` and `activate_backward` write, without a kernel of ours."""
+    generator = torch.Generator().manual_seed(rows)
+    gate_up, dh = (torch.randn(rows, n, generator=generator).to(dtype) for n in (2 * width, width))
+    weights, hidden, again = torch.rand(rows, generator=generator), torch.empty_like(dh), torch.empty_like(dh)
+    grad, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
+    expert_ffn.activate(gate_up, weights, hidden)
+    expert_ffn.activate_backward(gate_up, weights, dh, grad, again, grad_weights)
+    return [hidden, again, grad, grad_weights]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_at_a_time_are_all_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernel = _activations(37, 24, dtype)
+    monkeypatch.setattr(expert_ffn, "_kernels_for", lambda *_: None)
+    whole = _activations(37, 24, dtype)
+    monkeypatch.setattr(expert_ffn, "_PIECE", 5 * 48)
+    assert all(map(torch.equal, _activations(37, 24, dtype), whole))
+    assert all(close(a, b.double(), TOLERANCE[dtype]) for a, b in zip(whole, with_kernel, strict=True))
+
+
+@pytest.mark.slow
+def test_what_a_gpu_compiles_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for the CPU: sizes are dynamic, and what is read and what is written is not confused."""
+    monkeypatch.setattr(expert_ffn, "_kernels_for", lambda *_: None)
+    sizes = [
+        (37, 24, torch.float32),
+        (64, 24, torch.bfloat16),
+        (1, 8, torch.float32),
+        (0, 8, torch.float32),
+        (5, 8, torch.float32),
+    ]
+    wanted = [_activations(*each) for each in sizes]
+    compiled = tuple(torch.compile(function, dynamic=True, fullgraph=True) for function in expert_ffn._FUNCTIONS)
+    monkeypatch.setattr(expert_ffn, "_fused", lambda device: compiled)
+    for each, of in zip(sizes, wanted, strict=True):
+        assert all(close(a, b.double(), TOLERANCE[each[2]]) for a, b in zip(_activations(*each), of, strict=True)), each
 
 
 def test_fake_tensors_do_not_try_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

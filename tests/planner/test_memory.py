@@ -118,6 +118,18 @@ def _agrees(model: nn.Module, *, is_one_op: bool) -> None:
         assert found < rest + 2 * unfused
 
 
+def test_one_product_of_all_experts_has_all_their_rows_at_once() -> None:
+    model = swiglu()
+    plan = compile_with_report(model, compose_config(["routing.top_k=2"]), example=example_inputs(model, 8)).plan
+    (layer, *_), run = plan.layers, RunFacts(tokens_per_rank=100, compute_bytes=2)
+    model_dim, hidden = layer.site.d_model, layer.experts.d_expert
+    on_cpu, on_gpu = (backward_bytes(layer, replace(plan.mesh, device=device), run) for device in ("cpu", "cuda"))
+    rows = max(model_dim + 2 * (model_dim + 4 * hidden), 2 * model_dim + 2 * (model_dim + 2 * hidden))
+    assert on_gpu - on_cpu == 100 * 2 * (rows - 2 * (2 * model_dim + hidden)) > 0
+    wide = replace(run, compute_bytes=4)  # in fp32 an expert at a time
+    assert backward_bytes(layer, replace(plan.mesh, device="cuda"), wide) == backward_bytes(layer, plan.mesh, wide)
+
+
 KINDS = ("flat", "dedup", "allgather")
 
 

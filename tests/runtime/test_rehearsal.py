@@ -223,6 +223,19 @@ def test_weights_are_freed_before_the_gradients_of_many_words_are_reduced(given:
     assert peak.seen == pytest.approx(peak.planned, rel=0.07)  # a third apart if these counted
 
 
+def test_what_a_gpu_makes_inside_of_experts_is_held(tmp_path: Path) -> None:
+    wide = ["model.config.moe_intermediate_size=1024", "model.config.n_routed_experts=32", "data.seq_len=256"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        config, plan, facts, run = described([*wide, "dispatch=dedup", f"mesh.device={device}"], base=NARROW)
+        with no_group():
+            rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path / device), plan, facts, run)
+        (peak,) = (row for row in rows if row.name == "peak")
+        assert peak.seen == pytest.approx(peak.planned, rel=0.06)
+        found[device] = peak.seen
+    assert found["cuda"] > 1.3 * found["cpu"]
+
+
 def test_a_full_rank_receives_more(tmp_path: Path) -> None:
     config, plan, facts, run = described(["dispatch=hierarchical"])
     with no_group():

@@ -16,7 +16,7 @@ from torch import Tensor
 from moecompile.ops.layout import sum_by
 
 TILE = 16  # rows of a matrix tile, in bf16
-_BLOCK_BYTES = 1 << 20  # of the rows of a block, on a CPU: they should stay in its cache
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 20, 16 << 20  # of the rows of a block: they should stay in the cache
 
 
 class Block(NamedTuple):
@@ -93,14 +93,12 @@ def make_blocks(
 ) -> tuple[list[Block], Tensor]:
     """Blocks that together have every expert once, and the rows of each expert with padding, (E,).
 
-    One block for a stack on a GPU, which reads the counts on the host all the same.
-
     Args:
         width: G. num_own: how many experts are in the first stack, if there are two.
     """
     lengths = [_padded_length(n) if pad else n for n in counts_E.tolist()]
     row_bytes = (x_VD.shape[1] + 2 * width) * x_VD.element_size()
-    most = _BLOCK_BYTES if x_VD.device.type == "cpu" else float("inf")
+    most = _BLOCK_BYTES if x_VD.device.type == "cpu" else _GPU_BLOCK_BYTES
     blocks: list[Block] = []
     start = 0
     for expert, length in enumerate(lengths):
