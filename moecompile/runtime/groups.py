@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -98,4 +99,5 @@ def init_process_group(config: Config) -> None:
     cuda = config.mesh.device == "cuda" or (config.mesh.device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # this one
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.trainer.timeout_s))

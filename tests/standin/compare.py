@@ -59,7 +59,7 @@ def losses(arguments: list[str], device: str, run_dir: Path, *, timeout_s: float
     """Of a training and its validation, in order.
 
     Raises:
-        RuntimeError: it failed, with the end of what it printed.
+        RuntimeError: it failed or warned, with the end of what it printed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if device == "cuda":
@@ -68,7 +68,7 @@ def losses(arguments: list[str], device: str, run_dir: Path, *, timeout_s: float
     done = subprocess.run(
         [sys.executable, "-m", "moecompile", *words], env=environment, capture_output=True, text=True, timeout=timeout_s
     )
-    if done.returncode:
+    if done.returncode or "Warning" in done.stderr:
         raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
     rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
     return [float(row[key]) for row in rows for key in ("val_loss", "loss") if row[key]]

@@ -10,6 +10,7 @@ Not played: kernels, streams (all work is done when a call returns), memory that
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import hashlib
@@ -17,8 +18,10 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,8 @@ from typing import Any
 
 _SOURCE = Path(__file__).with_name("device.cpp")
 _FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=standin_device")
+WAITS = "MOECOMPILE_STANDIN_WAITS"
+"""A variable with the file in which each wait is told."""
 _LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python")
 
 
@@ -124,6 +129,20 @@ def _on_device(place: Any) -> Iterator[None]:
         device.set_device(before)
 
 
+def tell_waits(path: str) -> None:
+    """Writes a line for each op for which the host waits for the device: the op, where it was called, and where in ours."""
+
+    def tell(name: str) -> None:
+        frames = traceback.extract_stack()[:-1]
+        ours = next((frame for frame in reversed(frames) if "/moecompile/" in frame.filename), frames[-1])
+        places = (f"{frame.filename.rpartition('/site-packages/')[2]}:{frame.lineno}" for frame in (frames[-1], ours))
+        with open(f"{path}.{os.environ.get('RANK', '0')}", "a") as file:
+            file.write("\t".join((name, *places)) + "\n")
+
+    device.watch_waits(tell)
+    atexit.register(device.watch_waits, None)
+
+
 def play(devices: int = 8) -> None:
     """From now on torch has `devices` GPUs, and NCCL."""
     device.set_device_count(devices)
@@ -153,6 +172,8 @@ def play(devices: int = 8) -> None:
     _play_storage()
     _play_profiler()
     _play_nccl()
+    if WAITS in os.environ:
+        tell_waits(os.environ[WAITS])
 
 
 def _play_storage() -> None:
@@ -200,4 +221,4 @@ class ProcessGroupNCCL(device.Group):
 def _play_nccl() -> None:
     for module in (distributed_c10d, dist):
         module.ProcessGroupNCCL, module.is_nccl_available = ProcessGroupNCCL, lambda: True
-    distributed_c10d._NCCL_AVAILABLE = True
+    distributed_c10d._NCCL_AVAILABLE, distributed_c10d.default_pg_nccl_timeout = True, timedelta(minutes=10)
