@@ -40,7 +40,7 @@ CASES = {
     "one copy of each token": [*_DENSE, "mesh=cpu_1x2", "dispatch=dedup", "trainer.precision=bf16_mixed"],
     "all tokens everywhere": [*_MIXTRAL, "mesh=cpu_1x2", "dispatch=allgather", "balance=quantile"],
     "eight bits on the wire": [*_MIXTRAL, "mesh=cpu_1x2", "dispatch.wire_dtype=fp8", "balance=global_batch"],
-    "a budget, jitter": [
+    "jitter, a capacity": [
         *_MIXTRAL, "mesh=cpu_1x2", "trainer.checkpointing=keep_exchanges", "routing.jitter=0.1", "routing.capacity_factor=1.0",
     ],
     "a dense model beside it": [*_MIXTRAL, "mesh=cpu_1x2", "trainer.baseline=dense_flops"],
