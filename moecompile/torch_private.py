@@ -699,11 +699,17 @@ def gathered_bytes(model: nn.Module, *, at_once: bool) -> int:
     return sum(sizes) if at_once or not sizes else sizes[0] + max(sizes[1:], default=0)
 
 
-def fake_values() -> FakeTensorMode:
-    """A mode in which all tensors have shapes and no values, and sizes are numbers."""
-    from torch._subclasses import FakeTensorMode  # here, because it loads sympy
+@contextmanager
+def fake_values() -> Iterator[None]:
+    """Inside, all tensors have shapes and no values, and sizes are numbers. An op that fails is not logged."""
+    from torch._subclasses import FakeTensorMode, fake_tensor  # here, because it loads sympy
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    was, fake_tensor.log.disabled = fake_tensor.log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        fake_tensor.log.disabled = was
 
 
 @contextmanager

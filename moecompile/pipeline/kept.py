@@ -233,13 +233,13 @@ def _without_values_that_say(model: nn.Module, example: Example | None) -> Examp
 
 
 def _long(example: Any, batch: int, length: int, device: torch.device) -> Any:
-    """On so many sequences of this length; its first tensor has those of the example.
+    """On so many sequences of this length; its first tensor has those of the example: numbers of tokens, or vectors.
 
     Raises:
         ValueError: it has none.
     """
     tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
-    if not tensors or tensors[0].dim() < 2:
+    if not tensors or tensors[0].dim() < 2 + tensors[0].is_floating_point():
         raise ValueError("the example has no sequences")
     sequences, positions = tensors[0].shape[:2]
 

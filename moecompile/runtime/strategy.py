@@ -75,6 +75,7 @@ from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
+from moecompile.runtime.weight_groups import step_meshes_apart
 from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -240,6 +241,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _train_routing(compiled)
             self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                step_meshes_apart(optimizer)
             if self._stages is not None:
                 self._stages.tied.check_settings(self.optimizers)
             self._watch(compiled)

@@ -64,7 +64,7 @@ def load(
         PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
     """
     check(path, [LIGHTNING, PLAN], key="ckpt_path")
-    rest: dict[str, Any] = torch.load(path / LIGHTNING, weights_only=True)
+    rest: dict[str, Any] = torch.load(path / LIGHTNING, map_location="cpu", weights_only=True)
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
     entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}

@@ -9,12 +9,13 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -190,10 +191,49 @@ def _by_mesh(groups: Sequence[WeightGroup]) -> list[dict[str, Any]]:
     """Groups with weights of one device mesh only: the fused step (one kernel per group) cannot mix meshes."""
     made: list[dict[str, Any]] = []
     for group in groups:
-        of_mesh: dict[Any, list[nn.Parameter]] = {}
+        of_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
         for parameter in group.weights:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            of_mesh.setdefault(mesh, []).append(parameter)
+            of_mesh.setdefault(_mesh_of(parameter), []).append(parameter)
         kind = {"kind": group.kind} if group.kind in BY_ROWS else {}
         made += [{"params": p, "lr": group.lr, "weight_decay": group.weight_decay, **kind} for p in of_mesh.values()]
     return made
+
+
+def step_meshes_apart(optimizer: Optimizer) -> None:
+    """Lets an optimizer of torch's step weights of several device meshes: one at a time, where a group has such.
+
+    On a GPU, torch would step all weights of a group at once (`foreach`), which it cannot for several meshes.
+
+    Raises:
+        ConfigError: the optimizer is told to do that.
+    """
+    at_once = ("foreach", "fused")
+    for group in optimizer.param_groups:
+        if (told := next((each for each in at_once if group.get(each)), None)) and _mixes_meshes(group):
+            raise ConfigError(
+                "configure_optimizers", f"{type(optimizer).__name__}({told}=True)",
+                "would step all weights of a group at once, and this one has weights of several device meshes",
+                f"Use moecompile.make_optimizer, leave {told} out, or give each device mesh a group of its own",
+            )  # fmt: skip
+    apart: list[dict[str, Any]] = []
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and not group.get("fused") and _mixes_meshes(group):
+                group["foreach"] = False
+                apart.append(group)
+
+    def after(*_: object) -> None:  # checkpoints have the groups as they were made
+        while apart:
+            apart.pop()["foreach"] = None
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _mixes_meshes(group: Mapping[str, Any]) -> bool:
+    return len({_mesh_of(parameter) for parameter in group["params"] if parameter.requires_grad}) > 1
+
+
+def _mesh_of(parameter: Tensor) -> DeviceMesh | None:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -40,6 +40,86 @@ def test_every_other_training_has_the_losses_of_cpus(name: str, tmp_path: Path) 
     assert found <= allowed
 
 
+OWN_TRAINER = """
+import sys
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import moecompile
+from tests.distributed.classifier import Classifier
+
+accelerator, epochs, folder, from_checkpoint, *overrides = sys.argv[1:]
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = moecompile.compile_model(Classifier(), overrides, example=torch.zeros(1, 6))
+
+    def training_step(self, batch, index):
+        loss = cross_entropy(self.model(batch[0]), batch[1])
+        print(f"LOSS {self.trainer.global_step} {self.global_rank} {float(loss)}\\n", end="", flush=True)
+        self.log("loss", loss, sync_dist=True, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):  # with less eps, its steps would be those of rounding
+        return torch.optim.AdamW(self.parameters(), lr=0.01, eps=1e-3)
+
+    def train_dataloader(self):
+        x = torch.randn(96, 6, generator=torch.Generator().manual_seed(2))
+        return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=4)
+
+
+best = ModelCheckpoint(folder, monitor="loss", save_last=True)  # keeps a number of the device
+Trainer(
+    strategy="expert_parallel", accelerator=accelerator, devices=4, max_epochs=int(epochs), logger=False, callbacks=[best],
+    gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
+).fit(Module(), ckpt_path=from_checkpoint or None)
+"""
+
+
+def losses_of_own_trainer(
+    layout: list[str], accelerator: str, epochs: int, folder: Path, begin: str = ""
+) -> dict[str, float]:
+    """By step and rank."""
+    program = folder.parent / "program.py"
+    program.write_text(OWN_TRAINER)
+    path = f"{compare.STANDIN}:{REPOSITORY}" if accelerator == "gpu" else str(REPOSITORY)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(program), accelerator,
+            str(epochs), str(folder), begin, "experts.num_routed=4", "routing.top_k=2", "balance=bias", *layout,
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = (line.split() for line in done.stdout.splitlines() if line.startswith("LOSS"))
+    return {f"{step} {rank}": float(loss) for _, step, rank, loss in words}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(["mesh.num_nodes=2", "mesh.ranks_per_node=2", "dispatch=hierarchical"], marks=pytest.mark.slow),
+        pytest.param(["mesh.ranks_per_node=4", "mesh.pp=2"], marks=pytest.mark.nightly),
+        pytest.param(["mesh.ranks_per_node=4", "mesh.ep=2", "mesh.dp_replicate=2"], marks=pytest.mark.nightly),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_trainer_of_ones_own_has_the_losses_of_cpus(layout: list[str], tmp_path: Path) -> None:
+    """It binds ranks to their devices, so groups are split from that of all; its optimizer is torch's; CPUs go on with it."""
+    uninterrupted = losses_of_own_trainer(layout, "cpu", 2, tmp_path / "cpu")
+    first = losses_of_own_trainer(layout, "gpu", 1, tmp_path / "gpu")
+    second = losses_of_own_trainer(layout, "cpu", 2, tmp_path / "gpu", str(tmp_path / "gpu" / "last.ckpt"))
+    assert len(first) == len(second) >= 24
+    assert first | second == pytest.approx(uninterrupted, rel=1e-5)
+
+
 PLAYED = """
 import torch
 

@@ -28,6 +28,7 @@ from moecompile.planner.memory import activations, largest_in_words, layer_bytes
 from moecompile.planner.params import LayerFact, LayerKept, SplitFact
 from moecompile.torch_private import tree_leaves
 from tests.architectures import inputs_of, model_of
+from tests.distributed.classifier import Classifier
 from tests.existing_models import moe_model
 from tests.runtime.test_rehearsal import described, no_group, rehearsed, rows_of
 from tests.tasks.test_families import family
@@ -203,6 +204,18 @@ def test_a_reason_is_that_of_the_last_answer() -> None:
         assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
     assert kept(4, 32, 1, False) and not kept.reason
     assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+
+
+def test_a_model_of_rows_of_numbers_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """They have no positions; and a failure under fake tensors, which torch would log with its stack, says nothing."""
+    example = torch.zeros(1, 6)
+    kept = facts_of(Classifier(), example).kept
+    assert kept is not None
+    with caplog.at_level("ERROR"):
+        assert not kept(2, 128, 4, True) and kept.reason == "ValueError"
+        with mock.patch("moecompile.pipeline.kept._long", return_value=torch.zeros(4, 128)):
+            assert not kept(4, 128, 4, True) and kept.reason == "RuntimeError"
+    assert not caplog.records
 
 
 def test_layers_are_alike_if_only_their_place_differs() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import moecompile
 from moecompile.errors import ConfigError
 from moecompile.runtime.muon import Muon
-from moecompile.runtime.weight_groups import make_optimizer, weight_groups
+from moecompile.runtime.weight_groups import make_optimizer, step_meshes_apart, weight_groups
 from moecompile.schema import OptimizerConfig, OptimizerKind, WeightGroupConfig
+from tests.tiny import fake_rank
 
 MUON = OptimizerKind.muon
 
@@ -115,3 +122,50 @@ def test_settings_survive_in_torchs_groups() -> None:
     config = OptimizerConfig(groups=[group("*.0.weight", lr_scale=0.5, weight_decay=0.2)])
     first = make_optimizer(Small(), config).param_groups[0]
     assert (first["lr"], first["weight_decay"], len(first["params"])) == (5e-4, 0.2, 2)
+
+
+@pytest.fixture
+def of_two_meshes() -> Iterator[list[nn.Parameter]]:
+    """A weight of this rank alone, as those of experts may be, and one that all ranks have a part of."""
+    with fake_rank(0, 2):
+        shared = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        weights = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(shared)]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 0.5)
+        yield weights
+
+
+def test_a_users_optimizer_steps_weights_of_two_meshes_as_on_a_gpu(
+    of_two_meshes: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_optimizers = import_module("torch.optim.optimizer")
+    monkeypatch.setattr(of_optimizers, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])  # as it is there
+    optimizer = torch.optim.AdamW(of_two_meshes, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        optimizer.step()
+    for weight in of_two_meshes:
+        nn.init.ones_(weight)
+    optimizer = torch.optim.AdamW(of_two_meshes, lr=0.1)
+    step_meshes_apart(optimizer)
+    optimizer.step()
+    own, shared = of_two_meshes
+    assert isinstance(shared, DTensor)
+    torch.testing.assert_close(torch.cat([own, shared.to_local()]), torch.full((5, 4), 1 - 0.1 * 0.01 - 0.1))
+    assert optimizer.param_groups[0]["foreach"] is None  # a checkpoint has it as it was made
+
+
+@pytest.mark.parametrize("told", ["foreach", "fused"])
+def test_a_users_optimizer_that_would_step_two_meshes_at_once_is_refused(
+    of_two_meshes: list[nn.Parameter], told: str
+) -> None:
+    settings: dict[str, Any] = {told: True}
+    made = torch.optim.AdamW(of_two_meshes, **settings)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        made.step()
+    with pytest.raises(ConfigError) as error:
+        step_meshes_apart(made)
+    assert str(error.value) == (
+        f"configure_optimizers=AdamW({told}=True): would step all weights of a group at once, and this one has weights of "
+        f"several device meshes. Use moecompile.make_optimizer, leave {told} out, or give each device mesh a group of its own."
+    )
+    step_meshes_apart(torch.optim.AdamW([{"params": [weight]} for weight in of_two_meshes], **settings))

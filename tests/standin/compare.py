@@ -20,8 +20,9 @@ _TINY = [
 ]  # fmt: skip
 _RUN = [
     "data.global_batch_size=16", "data.val_batches=2", "trainer.max_steps=3", "trainer.log_interval=1",
-    "trainer.progress_bar=false", "trainer.save_checkpoint=false", "trainer.calibrate=never",
+    "trainer.progress_bar=false", "trainer.save_checkpoint=false", "trainer.calibrate=never", "optimizer.eps=0.001",
 ]  # fmt: skip
+"""With AdamW's own eps, its first steps make whole steps of gradients that are rounding alone: kimi_k3 is then 1e-5 off."""
 _DENSE = ["recipe=deepseek_ep", *_TINY]
 _MIXTRAL = ["recipe=mixtral_ep", *_TINY]
 CASES = {
@@ -51,7 +52,7 @@ CASES = {
         )
     },
 }  # fmt: skip
-OFF = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 1e-4}
+OFF = {"fp32": 2e-6, "bf16": 1e-2, "fp8": 1e-4}
 """Largest relative difference of a loss: sums in another order, which a narrow type rounds otherwise now and then."""
 
 

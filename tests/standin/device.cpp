@@ -11,10 +11,12 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pybind11/chrono.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <mutex>
@@ -346,6 +348,10 @@ void check(const at::Tensor& tensor, const char* name) {
   }
 }
 
+/// Makes a group for `Group::split`, of a store, this rank, the number of ranks and a timeout.
+using Make = c10::intrusive_ptr<c10d::Backend>(c10::intrusive_ptr<c10d::Store>, int, int, std::chrono::milliseconds);
+std::function<Make> host_group;
+
 /// A process group of the device: the work is done by a group of the CPU over the same memory.
 class Group final : public c10d::Backend {
  public:
@@ -355,6 +361,14 @@ class Group final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override { host_->setTimeout(timeout); }
   void setSequenceNumberForGroup() override { host_->setSequenceNumberForGroup(); }
   uint64_t getSequenceNumberForGroup() override { return host_->getSequenceNumberForGroup(); }
+  bool supportsSplitting() const override { return true; }
+  c10::intrusive_ptr<c10d::Backend> split(
+      const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+      const c10::intrusive_ptr<Options>& opts) override {
+    const auto own = std::find(ranks.begin(), ranks.end(), rank_);
+    if (own == ranks.end()) return nullptr;
+    return host_group(store, static_cast<int>(own - ranks.begin()), static_cast<int>(ranks.size()), opts->timeout);
+  }
 
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts) override {
     auto host = hosts(tensors, "broadcast");
@@ -459,7 +473,8 @@ class Group final : public c10d::Backend {
   WorkPtr divided(WorkPtr work, const Tensors& tensors, bool is_mean) const {
     if (is_mean) {
       work->wait();
-      for (auto tensor : tensors) tensor.div_(size_);
+      for (auto tensor : tensors)
+        tensor.is_floating_point() ? tensor.div_(size_) : tensor.div_(size_, "trunc");
     }
     return work;
   }
@@ -491,6 +506,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::gil_scoped_acquire lock;
         told(name);
       };
+  });
+  m.def("split_by", [](const py::function& make) {
+    auto* kept = new py::function(make);  // for good: when the process ends, Python is gone before what is static
+    host_group = [kept](auto store, int rank, int size, auto timeout) {
+      py::gil_scoped_acquire lock;
+      return (*kept)(store, rank, size, timeout).template cast<c10::intrusive_ptr<c10d::Backend>>();
+    };
   });
   m.def("set_device", [](int index) { Guard().setDevice({kDevice, static_cast<c10::DeviceIndex>(index)}); });
   m.def("current_device", [] { return static_cast<int>(current); });

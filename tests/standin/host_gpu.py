@@ -19,7 +19,7 @@ import os
 import subprocess
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.machinery import ExtensionFileLoader
@@ -74,6 +74,7 @@ device = _loaded(_built())
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch._C._distributed_c10d import Backend  # noqa: E402
 from torch.distributed import distributed_c10d  # noqa: E402
 
 
@@ -177,15 +178,31 @@ def play(devices: int = 8) -> None:
 
 
 def _play_storage() -> None:
-    on_host = torch.UntypedStorage.resize_
+    on_host = {name: getattr(torch.UntypedStorage, name) for name in ("resize_", "clone", "copy_")}
 
-    def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-        if storage.device.type != "cuda":
-            return on_host(storage, size)
-        device.resize(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (0,)), size)
+    def whole(storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        device.resize(whole(storage), size)
         return storage
 
-    torch.UntypedStorage.resize_ = resize
+    def clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        return whole(storage).clone().untyped_storage()
+
+    def copy_(storage: torch.UntypedStorage, other: torch.UntypedStorage, *_: object) -> torch.UntypedStorage:
+        whole(storage).copy_(whole(other))
+        return storage
+
+    def play(name: str, played: Callable[..., Any]) -> None:
+        def either(*arguments: Any) -> Any:
+            storages = (each for each in arguments if isinstance(each, torch.UntypedStorage))
+            return (played if any(each.device.type == "cuda" for each in storages) else on_host[name])(*arguments)
+
+        setattr(torch.UntypedStorage, name, either)
+
+    for each in (resize_, clone, copy_):
+        play(each.__name__, each)
 
 
 def _play_profiler() -> None:
@@ -198,27 +215,33 @@ def _play_profiler() -> None:
     torch.autograd.profiler.profile.__init__ = on_host
 
 
+class Options(Backend.Options):
+    """Of a group, as torch fills them in."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__("nccl")
+        self.is_high_priority_stream, self.config = False, SimpleNamespace()
+
+    def __deepcopy__(self, memo: object) -> Options:
+        return Options()
+
+
 class ProcessGroupNCCL(device.Group):
     """A group of tensors on the device, over gloo."""
 
-    class Options:
-        """As torch fills them in."""
-
-        def __init__(self, *_: object, **__: object) -> None:
-            self.is_high_priority_stream, self._timeout, self.config = False, None, SimpleNamespace()
-            self.global_ranks_in_group, self.group_name = [], ""
+    Options = Options
 
     def __init__(self, store: dist.Store, rank: int, size: int, options: Options) -> None:
         super().__init__(dist.ProcessGroupGloo(store, rank, size, options._timeout), rank, size)
-        self.options = options
-
-    def _set_default_timeout(self, timeout: object) -> None: ...
-    def perform_nocolor_split(self, place: object) -> None: ...
-    def eager_connect_single_device(self, place: object) -> None: ...
-    def abort(self) -> None: ...
 
 
 def _play_nccl() -> None:
     for module in (distributed_c10d, dist):
         module.ProcessGroupNCCL, module.is_nccl_available = ProcessGroupNCCL, lambda: True
     distributed_c10d._NCCL_AVAILABLE, distributed_c10d.default_pg_nccl_timeout = True, timedelta(minutes=10)
+    for name in ("_set_default_timeout", "perform_nocolor_split", "eager_connect_single_device", "abort"):
+        setattr(
+            device.Group, name, lambda self, *_: None
+        )  # of the class: torch makes new objects of groups that it holds
+    device.Group.options = property(lambda self: Options())
+    device.split_by(lambda *made_of: device.Group(dist.ProcessGroupGloo(*made_of), *made_of[1:3]))
