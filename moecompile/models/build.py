@@ -217,8 +217,10 @@ def _attention_checked(model: ModelConfig) -> Iterator[None]:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         if model.attention is ModelAttention.auto or not _OF_ATTENTION.search(reason):
             raise
-        rule = f"transformers refuses it: {reason}"
-        raise ConfigError("model.attention", model.attention.value, rule, "Use model.attention=auto") from error
+        rule, fix = f"transformers refuses it: {reason}", "Use model.attention=auto"
+        if isinstance(error, ImportError):
+            fix = "Install that; a plan needs none of it with model.attention=sdpa or flex_attention, which keep as much"
+        raise ConfigError("model.attention", model.attention.value, rule, fix) from error
 
 
 def _config_from_keys(model: ModelConfig) -> Any:
