@@ -219,7 +219,7 @@ def _attention_checked(model: ModelConfig) -> Iterator[None]:
             raise
         rule, fix = f"transformers refuses it: {reason}", "Use model.attention=auto"
         if isinstance(error, ImportError):
-            fix = "Install that; a plan needs none of it with model.attention=sdpa or flex_attention, which keep as much"
+            fix = "Install that; a plan may have model.attention=sdpa or flex_attention, which keep as much"
         raise ConfigError("model.attention", model.attention.value, rule, fix) from error
 
 

@@ -15,9 +15,11 @@ vocabulary.
    norm):
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
                    with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
-   On one rank nothing is gathered. Gradients, without those of routers:                       -> `Gradients`, `_grads`
+   On one rank, without trainer.precision=bf16_params, nothing is gathered or reduced.             -> `_has_fsdp`
+   Gradients, without those of routers:                                                        -> `Gradients`, `_grads`
        held     from the first micro-batch to the step. With gradient accumulation and
-                reduce=last   those of all weights in fp32, reduced once, after the last micro-batch: P_d + P_e / ep
+                reduce=last   those of all weights in fp32, reduced once, after the last micro-batch: P_d + P_e / ep;
+                              on one rank beside the buffer of a layer, below
                 reduce=each   4 own, in fp32 or wider
        shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
        layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
@@ -134,7 +136,7 @@ from moecompile.planner.params import (
 )
 from moecompile.planner.shards import expert_share, padded_experts, padding
 from moecompile.planner.traffic import copies_per_token, rows_brought
-from moecompile.schema import Bf16Weights, resolved
+from moecompile.schema import Bf16Weights, Precision, resolved
 
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
@@ -371,9 +373,14 @@ def _whole_bytes(params: ModelParams, facts: ModelFacts) -> int:
     return params.router * FP32_BYTES + params.apart * facts.apart_bytes
 
 
-def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> int:
+def _has_fsdp(mesh: MeshSpec, run: RunFacts) -> bool:
+    """Whether FSDP gathers weights and reduces gradients: on one rank, where layers compute in another dtype."""
+    return mesh.world_size > 1 or run.precision == Precision.bf16_params.value
+
+
+def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
     """Parameters that are unsharded at the same time (step 2)."""
-    if mesh.world_size == 1:
+    if not _has_fsdp(mesh, run):
         return 0
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
@@ -395,9 +402,9 @@ def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts)
 
 def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
     """Parameters that are whole at the same time."""
-    if mesh.world_size > 1 and run.gather == "step":
+    if _has_fsdp(mesh, run) and run.gather == "step":
         return sum(whole_params(layers, mesh, facts))
-    return _unsharded_params(layers, mesh, facts)
+    return _unsharded_params(layers, mesh, facts, run)
 
 
 def _grads(
@@ -407,13 +414,14 @@ def _grads(
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
     number, router = _trained_bytes(facts), _whole_bytes(trained, facts)
-    if mesh.world_size == 1:
+    if not _has_fsdp(mesh, run):
         reduced = own * number + router
         return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced)
-    if run.keeps_whole_grads:
-        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router)
     root = whole_params(layers, mesh, facts)[1]
-    layer = min(all_grads, _unsharded_params(layers, mesh, facts) - root)
+    layer = min(all_grads, _unsharded_params(layers, mesh, facts, run) - root)
+    if run.keeps_whole_grads:
+        buffer = layer * FP32_BYTES if mesh.world_size == 1 else 0  # no part of what is held is freed by reducing
+        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router, layer=buffer)
     root = min(all_grads, root) if facts.adapters is None else 0
     head = min(root, facts.vocab_size * facts.d_model or root)
     wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES

@@ -171,7 +171,10 @@ def test_the_host_waits_once_a_layer_and_three_times_a_step(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
 def test_a_step_takes_the_memory_that_is_planned_for_a_gpu(precision: str, tmp_path: Path) -> None:
-    """One that experts' activations fill: 2.4 and 3 times the plan, where these were computed for all rows at once."""
+    """One that experts' activations fill: 2.4 and 3 times the plan, where these were computed for all rows at once.
+
+    With bf16_params FSDP has the model on one rank too, beside the fp32 buffer of a layer's gradients.
+    """
     words = [
         "task=bench", "recipe=mixtral_ep", "mesh=cpu_1", "mesh.device=cuda", "model.config.num_hidden_layers=2",
         "model.config.intermediate_size=2048", "data.micro_batch_size=16", "data.seq_len=256", "data.global_batch_size=16",
@@ -181,7 +184,7 @@ def test_a_step_takes_the_memory_that_is_planned_for_a_gpu(precision: str, tmp_p
     done = on_gpus("-m", "moecompile", *words, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     step = json.loads((tmp_path / "run" / "result.json").read_text())["step"]
-    assert step["peak_bytes"] == pytest.approx(step["planned_bytes"], rel=0.2)
+    assert step["peak_bytes"] == pytest.approx(step["planned_bytes"], rel=0.1)
 
 
 @pytest.mark.nightly
