@@ -95,6 +95,7 @@ __all__ = [
     "see_attributes",
     "set_attribute",
     "set_timeouts",
+    "sum_gradients",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -212,6 +213,19 @@ def groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
         return list(state._fsdp_param_groups)
     only = state._fsdp_param_group  # before torch 2.12
     return only.groups if isinstance(only, _AsOne) else [only] if only else []
+
+
+def sum_gradients(module: FSDPModule) -> None:
+    """FSDP2 sums the gradients of the module's own weights, and divides nothing.
+
+    Of weights that no other rank has, it would make another whole gradient to divide by the factor 1.
+    """
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+    for group in groups_of(module):
+        info = group.mesh_info
+        if isinstance(info, FSDPMeshInfo) and not isinstance(info, HSDPMeshInfo) and info.shard_mesh_size == 1:
+            group.gradient_divide_factor = None
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -49,6 +49,7 @@ from moecompile.torch_private import (
     one_chunk_each,
     one_mesh_each,
     see_attributes,
+    sum_gradients,
 )
 
 AXIS_PASSES = {"tp": split_dense, "cp": split_positions}
@@ -221,8 +222,7 @@ def _wrap(
             wrap(layer)
         assert isinstance(layer, FSDPModule)
         see_attributes(layer)
-        layer.set_gradient_divide_factor(1.0)
-        layer.set_force_sum_reduction_for_comms(True)
+        sum_gradients(layer)
 
 
 def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh) -> dict[str, FSDPMeshInfo]:

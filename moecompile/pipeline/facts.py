@@ -128,7 +128,7 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
             found = facts_of(model, None, uncut)
         finally:
             put(model, absent)
-        return found if has_head else replace(found, vocab_size=0)
+        return found if has_head else replace(found, vocab_size=0, has_head=False)
 
     return CutFacts(
         refused=of.refused, layers=tuple(of.layers), units=whole, tied=() if of.refused else of.tied,

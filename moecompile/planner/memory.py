@@ -23,10 +23,13 @@ vocabulary.
                 reduce=each   4 own, in fp32 or wider
        shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
        layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
-                buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer
+                buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer;
+                where no stage has another layer: without this buffer, which comes after its backward (`reduced`)
        root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
        freed    whole weights, all of which FSDP has freed by then: a unsharded; none where they stay for the next
                 micro-batch
+       before   shards that are there in a layer's backward, beside weights that FSDP has freed by then: those of other
+                layers, less their whole weights with gather=step (and accumulation = 1)
        weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
    moments, and with accumulation the gradients of this micro-batch besides (lookups.py). Frozen weights have no
@@ -37,12 +40,11 @@ vocabulary.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-5. Four moments of a micro-batch are compared; old: gradients of the last step, which are there until the first
-   backward begins, held + shards without accumulation, else held:                                  -> `together`
-       forward   old + kept + 2/3 loss + 2 T V [narrow]        logits, also as they were if not fp32; their log-softmax
-                 old + kept + forward                          attention's scores
+5. Four moments of a micro-batch are compared:                                                       -> `together`
+       forward   held + kept + 2/3 loss + 2 T V [narrow]       logits, also as they were if not fp32; their log-softmax
+                 held + kept + forward                         attention's scores
        loss      held + kept + loss
-       layers    held + max(kept, shards) + layer + layers     shards grow as what was kept is freed
+       layers    held + max(kept, before) + layer + layers     shards grow as what was kept is freed
        end       held + shards + root - freed
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
@@ -228,42 +230,42 @@ class Gradients:
 
     held: int = 0
     shards: int = 0
+    before: int = 0
     layer: int = 0
+    reduced: int = 0
     root: int = 0
     freed: int = 0
 
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.held + self.shards + max(self.layer, self.root)
+        return self.held + self.shards + max(self.layer, self.reduced, self.root)
 
 
 def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
     """Bytes of gradients and activations at their fullest moment (step 5)."""
-    old, copies = _before_loss(grads, run)
     return round(
         max(
-            old + made.kept + max(made.loss * copies / LOGITS_COPIES, made.forward),
+            grads.held + made.kept + max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward),
             grads.held + made.kept + made.loss,
-            grads.held + max(made.kept, grads.shards) + grads.layer + made.layers,
+            grads.held + max(made.kept, grads.before) + grads.layer + made.layers,
+            grads.held + grads.before + grads.reduced,
             grads.held + grads.shards + grads.root - grads.freed,
         )
     )
 
 
-def _before_loss(grads: Gradients, run: RunFacts) -> tuple[int, float]:
-    """Bytes of gradients before the loss's backward, and how many of the logits there are then."""
-    old = grads.held + (grads.shards if run.accumulation == 1 else 0)
-    return old, 2.5 if run.is_mixed or run.compute_bytes < FP32_BYTES else 2
+def _before_loss(run: RunFacts) -> float:
+    """How many of the logits there are before the loss's backward."""
+    return 2.5 if run.is_mixed or run.compute_bytes < FP32_BYTES else 2
 
 
 def most_kept(grads: Gradients, made: Activations, run: RunFacts, limit: float) -> float:
     """Bytes that layers may keep for backward so that `together` is at most `limit`; negative: none may."""
     if together(grads, replace(made, kept=0.0), run) > limit:
         return -1.0
-    old, copies = _before_loss(grads, run)
-    forward = old + max(made.loss * copies / LOGITS_COPIES, made.forward)
-    return limit - max(forward, grads.held + made.loss, grads.held + grads.layer + made.layers)
+    forward = max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward)
+    return limit - grads.held - max(forward, made.loss, grads.layer + made.layers)
 
 
 def model_state_bytes(
@@ -302,7 +304,7 @@ def model_state_bytes(
 def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
     """With those of spread rows: of this micro-batch, and with accumulation of all before, to which they are added."""
     held = bytes_ if run.accumulation > 1 else 0
-    return replace(grads, held=grads.held + held, shards=grads.shards + bytes_)
+    return replace(grads, held=grads.held + held, shards=grads.shards + bytes_, before=grads.before + bytes_)
 
 
 class Known:
@@ -382,13 +384,18 @@ def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelF
     """Parameters that are unsharded at the same time (step 2)."""
     if not _has_fsdp(mesh, run):
         return 0
+    return whole_params(layers, mesh, facts)[1] + sum(_largest_layer(layers, mesh, facts))
+
+
+def _largest_layer(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
+    """Whole parameters of the largest layer, without experts and of them."""
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
-    added = padding(layers, mesh, facts)
-    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS) - added.layers
-    root = facts.params_embedding - params.split_root + mesh.share(params.split_root, Part.WEIGHTS) + added.root
-    largest = max((c.shared + padded_experts(layer, mesh) for layer, c in zip(layers, counts, strict=True)), default=0)
-    return root + -(-in_layers // max(1, facts.num_layers, len(layers))) + largest
+    in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
+    in_layers += padding(layers, mesh, facts).layers
+    pairs = [(c.shared, padded_experts(layer, mesh)) for layer, c in zip(layers, counts, strict=True)]
+    shared, experts = max(pairs, key=sum, default=(0, 0))
+    return -(-in_layers // max(1, facts.num_layers, len(layers))) + shared, experts
 
 
 def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
@@ -416,22 +423,30 @@ def _grads(
     number, router = _trained_bytes(facts), _whole_bytes(trained, facts)
     if not _has_fsdp(mesh, run):
         reduced = own * number + router
-        return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced)
+        return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced, before=reduced)
     root = whole_params(layers, mesh, facts)[1]
     layer = min(all_grads, _unsharded_params(layers, mesh, facts, run) - root)
     if run.keeps_whole_grads:
         buffer = layer * FP32_BYTES if mesh.world_size == 1 else 0  # no part of what is held is freed by reducing
         return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router, layer=buffer)
     root = min(all_grads, root) if facts.adapters is None else 0
-    head = min(root, facts.vocab_size * facts.d_model or root)
+    head = min(root, facts.vocab_size * facts.d_model or root) if facts.has_head else 0
     wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
     held = own * wide + router if run.accumulation > 1 else 0
     shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
     is_freed = run.gather == "layer" or run.accumulation == 1
+    freed, before = _gathered_params(layers, mesh, facts, run) * run.compute_bytes * is_freed, shards
+    if facts.adapters is None and shards:
+        dense, experts = _largest_layer(layers, mesh, facts)
+        own_layer = dense // mesh.size(Part.STORED) + experts // mesh.edp_shard
+        # No more than whole ones: the next layer, which may be small, is beside the same fp32 buffer.
+        later = own_layer * min(number, made) + root // mesh.size(Part.STORED) * number
+        still = _unsharded_params(layers, mesh, facts, run) * run.compute_bytes
+        before = max(0, shards - later - max(0, freed - still))
+    whole, buffer = made * min(all_grads, head + layer), wide * layer
     return Gradients(
-        held=held, shards=shards, layer=made * min(all_grads, head + layer) + wide * layer,
-        root=(made + wide) * root,
-        freed=_gathered_params(layers, mesh, facts, run) * run.compute_bytes * is_freed,
+        held=held, shards=shards, before=before, layer=whole + buffer * (run.layers_at_once != 1),
+        reduced=whole + buffer, root=(made + wide) * root, freed=freed,
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ class ModelFacts:
 
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; if they are 0 (a bare graph), only the
-    planned layers are counted. bytes_per_param: of stored weights (4: fp32). causal: whether a token must not see later
+    planned layers are counted. has_head: whether it has its output head, as not every stage has. bytes_per_param: of
+    stored weights (4: fp32). causal: whether a token must not see later
     tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
     parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
     (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
@@ -62,6 +63,7 @@ class ModelFacts:
     params_embedding: int = 0
     num_layers: int = 0
     vocab_size: int = 0
+    has_head: bool = True
     bytes_per_param: int = 4
     causal: bool | None = None
     frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -237,7 +239,8 @@ class RunFacts:
     chosen. recomputed: with checkpointing=budget, what backward computes again (budget.py). is_mixed: whether matmuls
     run in bf16 under autocast. micro_batch_size: sequences of a micro-batch. precision, hardware: names. optimizer: its
     settings. row_load: rows of the fullest rank over their mean. in_flight: micro-batches of a pipeline that are kept
-    for backward at a time, a mean over layers; in_flight_of: those of each layer, by its path.
+    for backward at a time, a mean over layers; in_flight_of: those of each layer, by its path. layers_at_once: of the
+    largest stage, whose layers have their backward together; 0: all layers have.
     """
 
     tokens_per_rank: int
@@ -254,6 +257,7 @@ class RunFacts:
     row_load: float = 1.0
     in_flight: float = 1.0
     in_flight_of: tuple[tuple[str, int], ...] = ()
+    layers_at_once: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     @property

@@ -251,7 +251,10 @@ class OfRank:
             return run
         kept = pipeline.in_flight(self.index, run.accumulation)
         of_each = tuple((path, times) for stage, times in zip(self.stages, kept, strict=True) for path in stage.layers)
-        return replace(run, in_flight=self.in_flight(pipeline, run.accumulation), in_flight_of=of_each)
+        return replace(
+            run, in_flight=self.in_flight(pipeline, run.accumulation), in_flight_of=of_each,
+            layers_at_once=max(self._layers),
+        )  # fmt: skip
 
     def in_flight(self, pipeline: Pipeline, micro_batches: int) -> float:
         """Micro-batches that are kept for backward, a mean over layers."""

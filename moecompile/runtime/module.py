@@ -117,6 +117,11 @@ class LanguageModule(LightningModule):
             "optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}
         }  # fmt: skip
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's. It would free gradients after the next forward, which needs their memory, as validation does."""
+        super().optimizer_step(*args, **kwargs)
+        self.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]
+
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """The learning rates of an optimizer of this module."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)

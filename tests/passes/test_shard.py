@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,7 @@ from moecompile.errors import PassError, PlanError
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
-from moecompile.torch_private import one_chunk_each
+from moecompile.torch_private import groups_of, one_chunk_each
 from tests.existing_models import moe_model
 from tests.tiny import COPY4, TinyGPT, UpDown, config, fake_rank, ids, max_diff, one_rank, tokens, trace
 
@@ -106,6 +107,19 @@ def test_a_rank_makes_no_shards_of_others() -> None:
     """FSDP2 makes empty ones up to the number of ranks of each weight, twice."""
     few, many = ops_of_sharding(64), ops_of_sharding(512)
     assert 0 < many <= few
+
+
+def test_gradients_that_no_other_rank_has_are_not_divided_by_one() -> None:
+    """FSDP2 would make another of the same size for it, in fp32."""
+    model = TinyGPT()
+    mesh = ("mesh.ranks_per_node=4", "mesh.ep=4", "dispatch.kind=flat")
+    plan = compile_with_report(model, config(*COPY4, *mesh), example=ids()).plan
+    with fake_rank(0, 4):
+        shard(model, plan, device_mesh_of(plan.mesh, "cpu"))
+        layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        groups = [group for layer in layers for group in groups_of(layer)]
+        factors = {group.mesh_info.shard_mesh_size: group.gradient_divide_factor for group in groups}
+    assert factors == {4: 1.0, 1: None}
 
 
 @pytest.mark.parametrize(("size", "num"), [(7, 3), (6, 3), (2, 5), (1, 1), (0, 2)])

@@ -93,7 +93,7 @@ def test_one_rank_shards_nothing() -> None:
     numbers = 2 * 12 * 8 + 3 * 100 + (2 * (2 * 8 + 4 * 16) + 2 * 4) + 4 * 16  # residuals, logits, MoE and dense layer
     assert found.memory_bytes_per_rank == MemoryEstimate(
         weights=4 * params, grads=4 * params, optimizer=8 * params, activations=4 * 10 * numbers, dispatch=0,
-        apart=4 * 10 * 100,  # the gradient of the logits, which comes when old gradients are gone
+        apart=4 * params,  # the fullest moment is that of the logits, before there are gradients
     )  # fmt: skip
     assert found.bytes_per_token_per_layer == Traffic(intra_node=0.0, inter_node=0.0)
 
@@ -288,7 +288,8 @@ def test_frozen_weights_have_no_gradients_and_no_moments() -> None:
     )
     assert plain.grads - frozen.grads == 4 * 800
     assert plain.optimizer - frozen.optimizer == 8 * 800
-    assert replace(plain, grads=frozen.grads, optimizer=frozen.optimizer) == frozen
+    assert plain.apart - frozen.apart == 4 * 800
+    assert replace(plain, grads=frozen.grads, optimizer=frozen.optimizer, apart=frozen.apart) == frozen
 
 
 @pytest.mark.parametrize(
