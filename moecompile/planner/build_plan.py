@@ -424,7 +424,7 @@ def _within_budget(
     def fit(run: RunFacts) -> Within:
         places = list[Within]()
         for of, budget in zip(ranks, budgets(run, prices), strict=True):
-            states = model_state_bytes(of.layers, of.mesh, of.facts, run)
+            states = model_state_bytes(of.layers, of.mesh, of.facts, replace(run, layers_at_once=of.layers_at_once))
             loads = (expected.load, 1.0)
             buffers, even = (buffer_bytes(of.layers, of.mesh, replace(run, row_load=load)) for load in loads)
             places.append(within(budget, run, states, buffers, even, limit))

@@ -253,8 +253,13 @@ class OfRank:
         of_each = tuple((path, times) for stage, times in zip(self.stages, kept, strict=True) for path in stage.layers)
         return replace(
             run, in_flight=self.in_flight(pipeline, run.accumulation), in_flight_of=of_each,
-            layers_at_once=max(self._layers),
+            layers_at_once=self.layers_at_once,
         )  # fmt: skip
+
+    @property
+    def layers_at_once(self) -> int:
+        """`RunFacts.layers_at_once`."""
+        return max(self._layers, default=0)
 
     def in_flight(self, pipeline: Pipeline, micro_batches: int) -> float:
         """Micro-batches that are kept for backward, a mean over layers."""

@@ -483,10 +483,10 @@ class _States:
         return self._sharded[key]
 
     def __call__(self, of: OfRank, replicas: int, run: RunFacts) -> tuple[int, Gradients, int]:
-        key = (*self._key(of, replicas), run.accumulation > 1, run.reduce, run.gather)
+        key = (*self._key(of, replicas), of.layers_at_once, run.accumulation > 1, run.reduce, run.gather)
         if key not in self._known:
-            mesh = replace(of.mesh, dp_replicate=replicas)
-            self._known[key] = model_state_bytes(of.layers, mesh, of.facts, run)
+            mesh, given = replace(of.mesh, dp_replicate=replicas), replace(run, layers_at_once=of.layers_at_once)
+            self._known[key] = model_state_bytes(of.layers, mesh, of.facts, given)
         return self._known[key]
 
     @staticmethod
