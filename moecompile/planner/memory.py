@@ -24,13 +24,14 @@ vocabulary.
        shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
        layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
                 buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer;
-                where no stage has another layer: without this buffer, which comes after its backward (`reduced`)
+                where no stage has another layer, without this buffer
+       reduced  the same with it, after the layer's backward
        root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
        freed    whole weights, all of which FSDP has freed by then: a unsharded; none where they stay for the next
                 micro-batch
        before   shards that are there in a layer's backward, beside weights that FSDP has freed by then: those of other
                 layers, less their whole weights with gather=step (and accumulation = 1)
-       weights = b own + a unsharded,  grads = held + shards + max(layer, root),  optimizer: optimizer.py
+       weights = b own + a unsharded,  grads = held + shards + max(layer, reduced, root),  optimizer: optimizer.py
    Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
    moments, and with accumulation the gradients of this micro-batch besides (lookups.py). Frozen weights have no
    gradients and no moments: for these two, `own` counts trained parameters only (adapters, if there are any), and their
@@ -40,11 +41,12 @@ vocabulary.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-5. Four moments of a micro-batch are compared:                                                       -> `together`
+5. Five moments of a micro-batch are compared:                                                       -> `together`
        forward   held + kept + 2/3 loss + 2 T V [narrow]       logits, also as they were if not fp32; their log-softmax
                  held + kept + forward                         attention's scores
        loss      held + kept + loss
        layers    held + max(kept, before) + layer + layers     shards grow as what was kept is freed
+       reduced   held + before + reduced
        end       held + shards + root - freed
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what

@@ -40,9 +40,8 @@ class ModelFacts:
     params_total: all parameters before rewriting, tied ones once. params_embedding: those outside the layers
     (embeddings, output head, final norm). num_layers, vocab_size: of the model; if they are 0 (a bare graph), only the
     planned layers are counted. has_head: whether it has its output head, as not every stage has. bytes_per_param: of
-    stored weights (4: fp32). causal: whether a token must not see later
-    tokens (None: unknown). frozen: module path ("": the model) -> its number of frozen parameters, and of all its
-    parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
+    stored weights (4: fp32). causal: whether a token must not see later tokens (None: unknown). frozen: module path
+    ("": the model) -> its number of frozen parameters, and of all its parameters; empty if none is frozen. has_padding_mask: whether the example has one. linears: module path ->
     (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears, whether
     routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan names;
     no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional

@@ -239,9 +239,8 @@ def _play_nccl() -> None:
     for module in (distributed_c10d, dist):
         module.ProcessGroupNCCL, module.is_nccl_available = ProcessGroupNCCL, lambda: True
     distributed_c10d._NCCL_AVAILABLE, distributed_c10d.default_pg_nccl_timeout = True, timedelta(minutes=10)
+    # Of the class that C++ knows: torch makes new objects of the groups that it holds.
     for name in ("_set_default_timeout", "perform_nocolor_split", "eager_connect_single_device", "abort"):
-        setattr(
-            device.Group, name, lambda self, *_: None
-        )  # of the class: torch makes new objects of groups that it holds
+        setattr(device.Group, name, lambda self, *_: None)
     device.Group.options = property(lambda self: Options())
     device.split_by(lambda *made_of: device.Group(dist.ProcessGroupGloo(*made_of), *made_of[1:3]))
