@@ -10,17 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from quality.study import DENSE, SEQ, SIZES, VOCAB
+from quality.study import DENSE, REAL, REAL_VOCAB, SEQ, SHAPES, VOCAB
 
 
 def hf_config(size: str, arm: str) -> Any:
     """transformers' config of a unit's shape: a Llama, or a Mixtral with as many experts as the arm ends with."""
     from transformers import LlamaConfig, MixtralConfig
 
-    sizes = SIZES[size]
+    sizes = SHAPES[size]
     common: dict[str, Any] = {
-        "vocab_size": VOCAB, "max_position_embeddings": SEQ, "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
+        "vocab_size": REAL_VOCAB if size == REAL else VOCAB, "max_position_embeddings": SEQ,
+        "hidden_size": sizes.hidden, "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     if arm in DENSE:

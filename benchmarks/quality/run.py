@@ -3,12 +3,13 @@
     python benchmarks/quality/run.py                    # goes on where it stopped: about 18 hours on two idle cores
     python benchmarks/quality/run.py --list             # what is done, what is missing, and the hours that it takes
     python benchmarks/quality/run.py --hours 2 --jobs 2 # begins no unit after two hours; two at a time
+    python benchmarks/quality/run.py --study real       # a real model: SmolLM2-135M, after `make real-models`
     python benchmarks/quality/run.py --study layout     # the second study: does the layout change the result?
     python benchmarks/quality/tables.py                 # tables and pictures of what is there
 
-Several processes can work side by side: a unit is taken by a lock. Each runs in a process of its own with one thread,
-and leaves `curves/NAME.json`, which is never overwritten. Weights of parents and logs are in `runs/quality`; where
-parents are missing they are made again.
+Several processes can work side by side: a unit is taken by a lock. Each runs in a process of its own with one thread
+(a real model: with two), and leaves `curves/NAME.json`, which is never overwritten. Weights of parents and logs are in
+`runs/quality`; where parents are missing they are made again.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Worker:
         """Runs a unit in a process of its own and says how it ended."""
         log = FOLDER / "logs" / f"{unit.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environ = {**os.environ, "OMP_NUM_THREADS": str(unit.threads), "PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, __file__, "--unit", unit.name, "--study", unit.study]
         start = time.monotonic()
         with log.open("w") as output:

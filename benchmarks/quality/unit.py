@@ -47,7 +47,7 @@ from quality.study import DOMAINS, ROWS, SEQ, VOCAB, Unit, hash_of_parent, paren
 
 def run(unit: Unit) -> dict[str, Any]:
     """Runs a unit and returns its result."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(unit.threads)
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="0", MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500", HF_HUB_OFFLINE="1",
@@ -76,7 +76,7 @@ def _run(unit: Unit, folder: Path) -> dict[str, Any]:
     is_dense = unit.arm in study.DENSE
     compiled = compile_with_report(model, config, example=example, plan=none if is_dense else None)
     by_plan = training_flops(shape_of_model(before, compiled.plan), SEQ)
-    by_counter = counted_flops(unit.size, unit.arm) if unit.study == "quality" else None
+    by_counter = counted_flops(unit.size, unit.arm)
     start, cpu = time.time(), time.process_time()
     outcome = train(compiled.model, compiled.plan, config, data, folder / "run")
     wall_s, cpu_s = time.time() - start, time.process_time() - cpu

@@ -126,7 +126,7 @@ def test_stored_curves_are_of_the_plan_and_the_plan_names_what_is_run() -> None:
 def test_the_page_shows_what_the_curves_say() -> None:
     from quality import study, tables
 
-    made = {name: make(study.read_all("quality")) for name, make in tables.TABLES.items()}
+    made = {name: make(tables.of_quality()) for name, make in tables.TABLES.items()}
     made["layouts"] = tables.layouts(study.read_all("layout"))
     assert {name: (tables.ASSETS / f"{name}.txt").read_text() for name in made} == made
 
@@ -243,6 +243,9 @@ def test_only_arms_of_one_parent_are_paired(tmp_path: Path, capsys: pytest.Captu
             unit = Unit("quality", "3m", "prose", arm, seed)
             body = result(unit, end, parent if arm == "dense" else "p")
             (tmp_path / unit.path.name).write_text(json.dumps(body))
+    for arm, end in (("dense", 2.0), ("copies", 1.5)):  # a real model, which has no parent of ours
+        unit = Unit("real", study.REAL, "prose", arm, 0)
+        (tmp_path / unit.path.name).write_text(json.dumps(result(unit, end, None)))
     found = tables.pairs(study.read_all("quality", tmp_path), "3m", "prose", "copies", "dense")
     assert [pair.seed for pair in found] == [0, 1]
     assert [pair.tokens for pair in found] == pytest.approx([-0.1, -0.3])
@@ -255,7 +258,8 @@ def test_only_arms_of_one_parent_are_paired(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     half = 12.706 * math.sqrt(0.02 / 2)  # t of one degree of freedom; the variance of -0.1 and -0.3 is 0.02
     assert f"| copies - dense | -0.2000 ({-0.2 - half:+.4f} to {-0.2 + half:+.4f}) |" in printed
-    assert "quality: 162 of 168 units are missing" in printed
+    assert "quality: 162 of 168 units are missing" in printed and "real: 4 of 6 units are missing" in printed
+    assert "| 135m | prose | copies - dense | -0.5000 | -0.5000 | -0.1667 |  | not decided | 1 |" in printed
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
