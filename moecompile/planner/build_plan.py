@@ -495,7 +495,7 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,
         compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
-        accumulation=max(1, data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
+        accumulation=-(-data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
         checkpointing=trainer.checkpointing.value,
         reduce=trainer.reduce.value,
         gather=trainer.gather.value,

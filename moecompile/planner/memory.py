@@ -190,7 +190,7 @@ def _dtype(bytes_: int) -> str:
 
 
 def _optimizer_in_words(facts: ModelFacts, run: RunFacts) -> str:
-    config, number = run.optimizer, _trained_bytes(facts)
+    config, number = run.optimizer, trained_bytes(facts)
     has_master = config.bf16_weights is Bf16Weights.master and number == BF16_BYTES
     kind = resolved(config.state, FP32_BYTES * 8 if has_master else number * 8)
     name = _dtype(number) if kind is None else kind.value
@@ -280,7 +280,7 @@ def model_state_bytes(
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
     own = own_params(layers, mesh, facts, share, trained=False)
     own_trained = own_params(layers, mesh, facts, trained_share, trained=True)
-    number, stored = _trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
+    number, stored = trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     tables = numbers_here(facts, mesh)
     stored += sum(here * fact.number_bytes for fact, here in tables.items())
     trained_here = {fact: tables[fact] for fact in facts.trained_tables}
@@ -367,7 +367,7 @@ def own_params(
     return dense + padded + ceil(params.experts * share)
 
 
-def _trained_bytes(facts: ModelFacts) -> int:
+def trained_bytes(facts: ModelFacts) -> int:
     """Bytes of a stored number that is trained."""
     return facts.bytes_per_param if facts.adapters is None else max(FP32_BYTES, facts.bytes_per_param)
 
@@ -422,7 +422,7 @@ def _grads(
     """Step 2, with those of whole weights; `own`: trained parameters that the rank stores."""
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    number, router = _trained_bytes(facts), _whole_bytes(trained, facts)
+    number, router = trained_bytes(facts), _whole_bytes(trained, facts)
     if not _has_fsdp(mesh, run):
         reduced = own * number + router
         return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced, before=reduced)

@@ -212,7 +212,8 @@ def _described(shape: ModelShape, plan: Plan, config: Config) -> Described | Non
 def _described_note(described: Described, config: Config) -> str:
     return (
         f"the time is that of the layout which workload={config.workload.name} describes; this package runs expert, "
-        "tensor and data parallelism, and the memory above is that of `mesh`; the described layout needs about "
+        "tensor, context, pipeline and data parallelism as `mesh` says, of which the memory above is; the described "
+        "layout needs about "
         f"{bytes_text(described.memory_bytes)} a rank"
     )
 

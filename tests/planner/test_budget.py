@@ -251,5 +251,7 @@ def test_the_stage_with_the_most_layers_sets_the_pace() -> None:
 
     even, long, last = parts("Et*13|t*13|t*13|t*9L"), parts("Et*20|t*10|t*10|t*8L"), parts("Et*10|t*10|t*8|t*20L")
     assert 0 <= even[0] < 0.1 < long[0] < last[0]
-    # Of 48 layers 20 in place of 12, less what the head adds to the mean.
-    assert 20 / 12 - 1 - 0.12 < long[0] < 20 / 12 - 1 and long[1] > even[1]
+    # Of 48 layers and a head of h layers, 20 in place of a quarter; and 20 with the head.
+    head = 4 * 20 / (1 + long[0]) - 48
+    assert 0 < head < 6 and long[1] > even[1]
+    assert 1 + last[0] == pytest.approx(4 * (20 + head) / (48 + head), rel=1e-3)

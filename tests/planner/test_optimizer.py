@@ -13,7 +13,7 @@ from moecompile.plan import Estimate, Traffic
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.counts import step_bytes
-from moecompile.planner.cost_model.inputs import Layout, Machine, software_of
+from moecompile.planner.cost_model.inputs import Layout, Machine, Software, software_of
 from moecompile.planner.optimizer import Kept, MuonParams, kept_of, state_bytes, step_traffic
 from moecompile.planner.params import WeightFact
 from moecompile.planner.traffic import Links
@@ -143,7 +143,8 @@ def test_a_forecast_counts_the_bytes_of_moments() -> None:
         name="any", peak={16: 1.0}, watts=1.0, memory=1.0, passes=1.0, links=Links(intra=1.0, inter=1.0), domain=64,
         units=1, capacity=1.0,
     )  # fmt: skip
-    steps = [step_bytes(TINY, Layout(gpus=4, seq=16, global_batch=4, zero=3), machine, bits) for bits in (32, 16, 8)]
+    layout = Layout(gpus=4, seq=16, global_batch=4, zero=3)
+    steps = [step_bytes(TINY, layout, machine, Software(moment_bits=bits)) for bits in (32, 16, 8)]
     assert [step.moments / step.owned for step in steps] == pytest.approx([28, 20, 16])
     given = ([], ["stack.moment_bits=16"])
     assert [software_of(compose_config(each).stack, moment_bits=8).moment_bits for each in given] == [8, 16]

@@ -125,8 +125,10 @@ def test_the_forecast_counts_the_same_ways() -> None:
         way = replace(layout, reduce=reduce, gather=gather)
         micro, step = (
             parallel_bytes(TINY, way, machine, Software()).gathered.intra,
-            step_bytes(TINY, way, machine).reduced,
+            step_bytes(TINY, way, machine, Software()).reduced,
         )
-        once = step_bytes(TINY, replace(layout, zero=1), machine).reduced.intra / 6  # a byte of each weight
+        once = step_bytes(TINY, replace(layout, zero=1), machine, Software()).reduced.intra / 6  # a byte of a weight
         assert micro == pytest.approx(once * ((4 if gather == "layer" else 0) + (4 if reduce == "each" else 0)))
         assert step.intra == pytest.approx(once * ((2 if gather == "step" else 0) + (4 if reduce == "last" else 0)))
+        fp32 = parallel_bytes(TINY, way, machine, Software(wide_bytes=4)).gathered.intra
+        assert fp32 - micro == pytest.approx(once * (4 if gather == "layer" else 0))

@@ -78,9 +78,9 @@ def test_a_forecast_counts_what_is_padded() -> None:
     experts = 4 * 8 * 3 * 64 * 32
     for gpus, fullest in ((16, 1 / 16), (3, 3 / 8)):
         layout = Layout(gpus=gpus, seq=16, global_batch=gpus, zero=3)
-        even = step_bytes(TINY, replace(layout, zero=1), machine).owned
+        even = step_bytes(TINY, replace(layout, zero=1), machine, Software()).owned
         owned = even + experts * (fullest - 1 / gpus)
-        assert step_bytes(TINY, layout, machine).owned == pytest.approx(owned)
+        assert step_bytes(TINY, layout, machine, Software()).owned == pytest.approx(owned)
         assert parallel_bytes(TINY, layout, machine, Software()).gathered.intra == pytest.approx(8 * owned * (gpus - 1))
         assert memory_of(Inputs(model=TINY, layout=layout, machine=machine, software=Software()))[
             "optimizer"

@@ -10,10 +10,14 @@ import pytest
 from torch import nn
 
 import moecompile
+from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, SplitModules
 from moecompile.planner import ModelFacts
+from moecompile.planner.cost_model.counts import parallel_bytes
+from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.params import SplitFact
 from moecompile.planner.tensor_parallel import split_modules
 from tests.existing_models import moe_model
@@ -100,6 +104,33 @@ def test_a_model_of_transformers_is_split_by_its_own_plan() -> None:
     }
     assert all(layer.cut_over == ("tp",) for layer in plan.layers)
     assert moecompile.plan.from_yaml(moecompile.plan.to_yaml(plan)) == plan
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_the_forecast_has_the_bytes_of_the_plan(name: str) -> None:
+    """Forward as the estimate counts it from the modules; in backward an all-reduce before each split part and the
+    head, and a gather of the rows' gradients.
+    """
+    model = moe_model(name)
+    words = [
+        "mesh.ranks_per_node=4",
+        "mesh.tp=2",
+        "hardware=h100",
+        "data.micro_batch_size=2",
+        "data.global_batch_size=4",
+    ]
+    given = compose_config(words)
+    plan = moecompile.make_plan(model, given, example={"input_ids": ids()})
+    assert plan.estimate is not None
+    inputs = inputs_of(shape_of_model(model, plan), plan, given)
+    parts = inputs.layout.over_tp
+    assert parts is not None and ("attention" in parts) == (name == "mixtral") and {"head", "embedding"} <= parts
+    hidden, tokens = model.config.hidden_size, 2 * given.data.seq_len
+    layers = model.config.num_hidden_layers
+    dense = getattr(model.config, "first_k_dense_replace", 0) + len(plan.layers) * ("ffn" in parts)
+    backward = (2 * layers * ("attention" in parts) + 2 * dense + len(plan.layers) + 2) * hidden * 4 / 2
+    counted = parallel_bytes(inputs.model, inputs.layout, inputs.machine, inputs.software).tensor
+    assert counted.intra == pytest.approx(tokens * (plan.estimate.tp_bytes_per_token.intra_node + backward))
 
 
 def test_dense_layers_that_stay_are_split_too() -> None:

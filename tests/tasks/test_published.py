@@ -13,13 +13,16 @@ import pytest
 import yaml
 from torch import nn
 
+from benchmarks.forecast.families import shape_of
 from moecompile import compose
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.models.build import build_model, example_inputs
 from moecompile.passes.base import count_ops
 from moecompile.pipeline import compile_with_report, make_plan
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import ExpertsSite, Plan
+from moecompile.planner.cost_model.shapes import training_flops
 from moecompile.schema import Config, validate
 from tests.forked import python
 
@@ -105,6 +108,30 @@ def test_every_moe_layer_is_planned_from_the_model(name: str) -> None:
         assert layer.experts.num_identity == text.get("zero_expert_num", 0)
         if name.startswith("deepseek") and text.get("n_group"):
             assert (layer.routing.groups, layer.routing.top_groups) == (text["n_group"], text["topk_group"])
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_priced_by_its_layers() -> None:
+    """As the published description has them, which is written by hand: scans, attention and experts each on their own."""
+    described = yaml.safe_load((REPOSITORY / "benchmarks/published/models.yaml").read_text(encoding="utf-8"))
+    theirs = shape_of("nano", described["more"]["nemotron-3-nano"])
+    _, model, plan = built("nemotron3_nano_30b_a3b")
+    ours = shape_of_model(model, plan)
+    assert len(ours.layers) == 3 and {layer.mixer: layer.count for layer in ours.layers} == {
+        layer.mixer: layer.count for layer in theirs.layers
+    }
+    assert [layer.ffn is None for layer in ours.layers] == [layer.mixer is not None for layer in ours.layers]
+    assert training_flops(ours, 8192) == pytest.approx(training_flops(theirs, 8192), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "activation"), [("gpt_oss_20b", "clamped"), ("qwen3_30b_a3b", "swiglu")])
+def test_what_is_between_products_is_priced_as_it_runs(name: str, activation: str) -> None:
+    _, model, plan = built(name)
+    layers = shape_of_model(model, plan).layers
+    assert {layer.ffn.activation for layer in layers if layer.ffn is not None} == {activation}
+    assert {getattr(layer.mixer, "window", None): layer.count for layer in layers} == (
+        {128: 12, None: 12} if name == "gpt_oss_20b" else {None: 48}
+    )
 
 
 def test_deepseek_r1_has_the_plan_of_deepseek_v3() -> None:

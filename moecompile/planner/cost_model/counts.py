@@ -1,11 +1,14 @@
 """What a step makes a GPU do: operations, bytes of memory and of links, kernels. There is no fitted constant here.
 
-T tokens of a micro-batch of a replica (micro_batch * seq / cp); a GPU has t = T / tp of them outside attention.
+T tokens of a micro-batch of a replica (micro_batch * seq / cp); a GPU has t = T / tp of them outside attention. Where a
+plan says what tp splits, a GPU computes all else for all T: norms, routers, scores of words, and each part of a layer
+that the model's tp_plan leaves out.                                                              -> `Layout.ranks_of`
 
 Work of a layer and micro-batch
 1. Products with weights are split over tp. Forward, the gradient of inputs and the gradient of weights have as many
-   operations each. Every product reads both operands in the numbers of the recipe (bits) and writes bf16; the fp32
-   gradient of a weight is read and written.                                                       -> `add_product`
+   operations each. Every product reads both operands in the numbers of the recipe (bits) and writes bf16 (fp32 without
+   autocast on fp32 weights); the fp32 gradient of a weight is read and written. Autocast makes a narrow copy of a
+   weight, and a wide one of its gradient.                                                         -> `add_product`
 2. Attention executes whole tiles: a window of w costs w + 2 * 128 keys, and a head of fewer than 128 numbers as much as
    one of 128, because the exponentials of its scores take the time. Its backward has 2.5 times the operations, because
    scores are computed again.                                                                      -> `add_mixer`
@@ -22,10 +25,13 @@ Bytes on links. A link domain is what the fast links connect (NVLink: 8 GPUs of 
    and, within a domain, once to each rank, as `hierarchical`. With etp, rows are gathered over a group and outputs
    scattered.                                                                                      -> `dispatch_bytes`
 7. Tensor parallelism with sequence parallelism: per part of a layer T D numbers are gathered before and scattered
-   after, forward and backward; a GPU sends (tp - 1) / tp of them.
+   after, forward and backward; a GPU sends (tp - 1) / tp of them. Of a plan: as many are summed, forward and backward,
+   of each part that is split; T D are gathered after experts and in their backward; the embedding's are summed, and
+   scores of words gathered.                                                                       -> `_tensor_bytes`
 8. Context parallelism: keys and values go around, cp - 1 times those of T tokens, forward and twice backward; beyond a
    domain if tp * cp is larger.
-9. Stages: t D numbers forward and backward, vpp times.                                            -> `parallel_bytes`
+9. Stages: t D numbers forward and backward, vpp times; of a plan, within a domain where the next stage is there.
+                                                                                                -> `parallel_bytes`
 10. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
    experts). With ZeRO 3, over the ranks of one of `replicas`: weights are gathered twice in each micro-batch, or once
    in a step, and gradients reduced in each, or once; between the replicas, fp32 gradients of what a rank owns are
@@ -51,7 +57,7 @@ from math import prod
 
 from moecompile.plan import largest_shard
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software
-from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan
+from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
 from moecompile.planner.traffic import even_copies
 from moecompile.stages import SCHEDULES
 
@@ -66,9 +72,11 @@ LOGIT_BYTES = 56  # per token and word: bf16 logits, an fp32 softmax op by op, i
 ROUTER_PASSES = 16  # of E fp32 scores: score, bias, top-k, masks, statistics
 # Rows of experts: a fused exchange permutes as it sends; a plain all-to-all permutes for ranks and again for experts.
 ROW_PASSES, FLAT_ROW_PASSES = {"hybridep": 6, "deepep": 8}, 12
+CAST_BYTES = 12  # of a weight: fp32 read and bf16 written, and the same of its gradient
 # Numbers of F per row: one fused kernel each way (SwiGLU); relu, square, an fp32 weight and a cast; for clamped gates
 # with biases two bias additions, two clamps, scale, sigmoid, addition and three products, each op with its backward.
-ACTIVATION_PASSES = {"swiglu": 12, "relu2": 26, "clamped": 70}
+# Of other gates the function, the product and the joined gradients of both halves; without a gate two functions.
+ACTIVATION_PASSES = {"swiglu": 12, "relu2": 26, "clamped": 70, "gated": 18, "up_down": 10}
 KERNELS = {
     "attn": 45,
     "mla": 30,
@@ -89,10 +97,10 @@ _OVERLAP_LAUNCHES = 1.5  # forwards and backwards that alternate are cut into pa
 
 @dataclass(kw_only=True)
 class Work:
-    """What a GPU does. dense: operations of products in the recipe's numbers; narrow: of those that stay in bf16 (head,
-    router); shared: those of `dense` that belong to shared experts; grouped: of experts; core, scan: of attention and
-    scans. operands, stacks: bytes that dense and grouped products move; passes: bytes outside products. groups:
-    products of single experts. kernels: on the GPU; launches: those that the host makes.
+    """What a GPU does. dense: operations of products in the recipe's numbers; narrow: of those that have 16 bits at
+    least (head, router); shared: those of `dense` that belong to shared experts; grouped: of experts;
+    core, scan: of attention and scans. operands, stacks: bytes that dense and grouped products move; passes: bytes
+    outside products. groups: products of single experts. kernels: on the GPU; launches: those that the host makes.
     """
 
     dense: float = 0
@@ -131,29 +139,39 @@ def of_layer(layer: Layer, software: Software) -> Software:
     return software if layer.recompute is None else replace(software, recompute=layer.recompute)
 
 
-def head_work(hidden: int, vocab: int, layout: Layout, heads: int) -> Work:
+def head_work(hidden: int, vocab: int, layout: Layout, software: Software, heads: int) -> Work:
     """The output head and the loss, of `heads` predictions."""
     work = Work()
-    add_product(work, heads * hidden * vocab, layout.tokens, layout, narrow=True)
-    work.passes = heads * LOGIT_BYTES * vocab * layout.tokens / layout.tp
+    _add_dense(work, heads * hidden * vocab, "head", layout, software, narrow=True)
+    work.passes += heads * LOGIT_BYTES * vocab * layout.tokens / layout.ranks_of("loss")
     return work
 
 
 def add_product(
-    work: Work, weights: float, tokens: float, layout: Layout, *, bits: int = 16, again: float = 0, narrow: bool = False
+    work: Work, weights: float, tokens: float, software: Software, *, again: float = 0, narrow: bool = False
 ) -> None:
-    """A product of `tokens` rows with `weights` numbers (step 1); again: forwards that are repeated."""
-    weights = weights / layout.tp
+    """A product of `tokens` rows with `weights` numbers (step 1); again: forwards that are repeated; narrow: as of
+    `Work`.
+    """
+    bits = max(16, software.bits) if narrow else software.bits
     flops = 2 * weights * tokens * (PASSES + again)
     work.dense += 0 if narrow else flops
     work.narrow += flops if narrow else 0
     work.operands += weights * (2 * bits / 8 + 2 * FP32)
+    work.passes += weights * CAST_BYTES * software.casts
 
 
-def moved(d_in: float, d_out: float, bits: int, again: float) -> float:
+def _add_dense(
+    work: Work, weights: float, part: str, layout: Layout, software: Software, *, again: float = 0, narrow: bool = False
+) -> None:
+    """A product of all tokens of a replica with weights of a part, on one GPU."""
+    add_product(work, weights / layout.ranks_of(part), layout.tokens, software, again=again, narrow=narrow)
+
+
+def moved(d_in: float, d_out: float, software: Software, again: float) -> float:
     """Bytes per row that a product's three passes read and write."""
-    small = bits / 8
-    return (1 + again) * (d_in * small + d_out * BF16) + (d_out * small + d_in * BF16) + (d_in + d_out) * small
+    small, made = software.bits / 8, software.number_bytes
+    return (1 + again) * (d_in * small + d_out * made) + (d_out * small + d_in * made) + (d_in + d_out) * small
 
 
 def quantized(d_in: float, d_out: float, bits: int) -> float:
@@ -164,24 +182,36 @@ def quantized(d_in: float, d_out: float, bits: int) -> float:
 
 def add_mixer(work: Work, mixer: Attention | Scan, hidden: int, layout: Layout, software: Software) -> None:
     """Attention or a scan, with its norm."""
-    bits, own = software.bits, layout.tokens / layout.tp
+    bits, made, part = software.bits, software.number_bytes, part_of(mixer)
+    ranks = layout.ranks_of(part)
+    own = layout.tokens / ranks
     again = 1.0 if software.repeats("full", "all_but_exchanges", "attention") else 0.0
-    normed = max(again, float(software.repeats("layernorm")))
-    work.passes += NORM_PASSES * hidden * BF16 * (1 + normed / PASSES) * own
+    _add_norm(work, hidden, max(again, float(software.repeats("layernorm"))), layout, software)
     work.passes += quantized(hidden, mixer.width, bits) * own
-    work.operands += own * moved(2 * hidden * layout.tp, mixer.width, bits, again)
+    work.operands += own * moved(2 * hidden * ranks, mixer.width, software, again)
     if isinstance(mixer, Attention):
         ups = mixer.up_weights(hidden) / mixer.weights(hidden) if software.repeats("mla_up_proj") else 0.0
-        add_product(work, mixer.weights(hidden), layout.tokens, layout, bits=bits, again=max(again, ups))
+        _add_dense(work, mixer.weights(hidden), part, layout, software, again=max(again, ups))
         work.core += executed_flops(mixer, layout.seq) * (1 + ATTENTION_BACKWARD + again) * own
-        work.passes += mixer.width * MIXER_PASSES * BF16 * own
+        work.passes += mixer.width * MIXER_PASSES * made * own
         kernels, name = KERNELS["attn"] + (KERNELS["mla"] if mixer.kv_rank else 0), "attn"
     else:
-        add_product(work, mixer.weights(hidden), layout.tokens, layout, bits=bits, again=again)
+        _add_dense(work, mixer.weights(hidden), part, layout, software, again=again)
         work.scan += mixer.core_flops(layout.seq) * (PASSES + again) * own
-        work.passes += mixer.width * SCAN_PASSES * BF16 * own
+        work.passes += mixer.width * SCAN_PASSES * made * own
         kernels, name = KERNELS["mamba"], "mamba"
     _add_kernels(work, software, name, kernels + QUANTIZE_KERNELS * (bits < 16))
+
+
+def part_of(mixer: Attention | Scan) -> str:
+    """Its word in `Layout.over_tp`."""
+    return "attention" if isinstance(mixer, Attention) else "scan"
+
+
+def _add_norm(work: Work, hidden: int, again: float, layout: Layout, software: Software) -> None:
+    """A norm with its residual addition."""
+    own = layout.tokens / layout.ranks_of("norms")
+    work.passes += NORM_PASSES * hidden * software.wide_bytes * (1 + again / PASSES) * own
 
 
 def executed_flops(mixer: Attention, seq: int) -> float:
@@ -192,21 +222,24 @@ def executed_flops(mixer: Attention, seq: int) -> float:
 
 def _add_always(work: Work, layer: Layer, hidden: int, layout: Layout, software: Software) -> None:
     """What every token uses: norm, dense or shared experts, router."""
-    ffn, own, bits = layer.ffn, layout.tokens / layout.tp, software.bits
+    ffn, bits = layer.ffn, software.bits
     assert ffn is not None
+    part = "experts" if ffn.shared_in_experts else "ffn"
+    ranks = layout.ranks_of(part)
+    own = layout.tokens / ranks
     again = float(software.repeats("full", "all_but_exchanges", *(("moe", "experts") if ffn.experts else ("mlp",))))
     joint = 2 * hidden * hidden if layer.mtp else 0
-    add_product(work, ffn.shared_weights(hidden) + joint, layout.tokens, layout, bits=bits, again=again)
+    _add_dense(work, ffn.shared_weights(hidden) + joint, part, layout, software, again=again)
     wide = (ffn.num_in + 1) * ffn.d_shared
     if ffn.experts:
-        work.shared += 2 * (ffn.num_in + 1) * hidden * ffn.d_shared / layout.tp * layout.tokens * (PASSES + again)
-    work.operands += own * moved(2 * hidden * layout.tp, wide, bits, again) * (wide > 0)
-    work.passes += (ACTIVATION_PASSES[ffn.activation] * ffn.d_shared * BF16 + quantized(hidden, wide, bits)) * own
-    normed = max(again, float(software.repeats("layernorm")))
-    work.passes += NORM_PASSES * hidden * BF16 * (1 + normed / PASSES) * own
+        work.shared += 2 * (ffn.num_in + 1) * hidden * ffn.d_shared * own * (PASSES + again)
+    work.operands += own * moved(2 * hidden * ranks, wide, software, again) * (wide > 0)
+    activation = ACTIVATION_PASSES[ffn.activation] * ffn.d_shared * software.number_bytes
+    work.passes += (activation + quantized(hidden, wide, bits)) * own
+    _add_norm(work, hidden, max(again, float(software.repeats("layernorm"))), layout, software)
     if ffn.experts:
-        add_product(work, ffn.router_weights(hidden), layout.tokens, layout, narrow=True, again=again)
-        work.passes += ROUTER_PASSES * ffn.experts * FP32 * own
+        _add_dense(work, ffn.router_weights(hidden), "router", layout, software, narrow=True, again=again)
+        work.passes += ROUTER_PASSES * ffn.experts * FP32 * layout.tokens / layout.ranks_of("router")
     else:
         _add_kernels(work, software, "dense", KERNELS["dense"] + QUANTIZE_KERNELS * (bits < 16))
 
@@ -218,13 +251,14 @@ def add_experts(work: Work, ffn: Experts, hidden: int, layout: Layout, software:
     weights, row = ffn.expert_weights(hidden), ffn.row(hidden)
     work.grouped += 2 * rows * weights * (PASSES + again)
     work.stacks += local * weights / layout.etp * ((2 + again) * bits / 8 + 2 * FP32)
-    gathered, width = rows * layout.etp, ffn.d_expert / layout.etp
-    work.stacks += gathered * (moved(row, ffn.num_in * width, bits, again) + moved(width, row, bits, again))
+    gathered, width, made = rows * layout.etp, ffn.d_expert / layout.etp, software.number_bytes
+    work.stacks += gathered * (moved(row, ffn.num_in * width, software, again) + moved(width, row, software, again))
+    work.passes += local * weights / layout.etp * CAST_BYTES * software.casts
     # The second half of the passes is over rows that were gathered over etp.
-    passes = ROW_PASSES.get(software.dispatcher, FLAT_ROW_PASSES) * row * BF16 * (1 + layout.etp) / 2
+    passes = ROW_PASSES.get(software.dispatcher, FLAT_ROW_PASSES) * row * made * (1 + layout.etp) / 2
     if not software.fused:
         again_act = max(again, float(software.repeats("moe_act")))
-        passes += ACTIVATION_PASSES[ffn.activation] * ffn.d_expert * BF16 * (1 + again_act / PASSES)
+        passes += ACTIVATION_PASSES[ffn.activation] * ffn.d_expert * made * (1 + again_act / PASSES)
         passes += quantized(2 * row, (ffn.num_in + 1) * ffn.d_expert, bits)
     work.passes += (passes + software.packing * row) * rows * (1 + again / PASSES)
     work.groups += local * EXPERT_KERNELS
@@ -306,56 +340,96 @@ def dispatch_bytes(ffn: Experts, hidden: int, layout: Layout, machine: Machine, 
 
 def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Parallel:
     """Bytes per micro-batch and average stage (steps 7 to 10)."""
-    tensor, context = Wire(), 0.0
+    context = 0.0
     for layer in model.layers:
-        full = 1.5 if of_layer(layer, software).repeats("full") else 1.0
-        share = layer.count / layout.pp
-        parts = (layer.mixer is not None) + (layer.ffn is not None and layer.ffn.d_shared > 0)
-        if layout.tp > 1:
-            once = (layout.tp - 1) / layout.tp * layout.tokens * model.hidden * BF16
-            tensor = tensor + Wire(intra=4 * once, messages=4).times(share * parts * full)
         if isinstance(layer.mixer, Attention):
             keys = layer.mixer.kv_heads * (layer.mixer.d_qk + layer.mixer.d_v) / layout.tp
-            context += share * (layout.cp - 1) * layout.tokens * keys * BF16 * 3
+            context += layer.count / layout.pp * (layout.cp - 1) * layout.tokens * keys * software.number_bytes * 3
     near = layout.tp * layout.cp <= machine.domain
-    sent = layout.tokens / (
-        layout.tp if layout.split is None else 1
-    )  # of what runs here, each rank of a TP group sends all
-    stage = 2 * layout.vpp * sent * model.hidden * BF16 if layout.pp > 1 else 0.0
+    sent = layout.tokens / layout.ranks_of("stages")
+    stage = 2 * layout.vpp * sent * model.hidden * software.wide_bytes if layout.pp > 1 else 0.0
+    within = _next_stage_within(layout, machine)
     return Parallel(
-        tensor=tensor,
+        tensor=_tensor_bytes(model, layout, machine, software) if layout.tp > 1 else Wire(),
         context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),
-        stage=Wire(inter=stage),
-        gathered=_over_replicas(_groups(model, layout), machine, _zero_bytes(layout)[0])
+        stage=Wire(intra=stage * within, inter=stage * (1 - within)),
+        gathered=_over_replicas(_groups(model, layout), machine, _zero_bytes(layout, software.wide_bytes)[0])
         if layout.zero == 3
         else Wire(),
     )
 
 
-def step_bytes(model: ModelShape, layout: Layout, machine: Machine, moment_bits: int = 32) -> Step:
+def _tensor_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Wire:
+    """Step 7."""
+    once = (layout.tp - 1) / layout.tp * layout.tokens * software.number_bytes
+    wire = Wire()
+    for layer in model.layers:
+        full = 1.5 if of_layer(layer, software).repeats("full") else 1.0
+        ffn, share = layer.ffn, layer.count / layout.pp
+        is_wide = ffn is not None and ffn.d_shared > 0 and not (layout.over_tp is not None and ffn.shared_in_experts)
+        parts = int(layer.mixer is not None and layout.ranks_of(part_of(layer.mixer)) > 1)
+        parts += is_wide and layout.ranks_of("ffn") > 1
+        wire = wire + Wire(intra=4 * once * model.hidden, messages=4).times(share * parts * full)
+        if layout.over_tp is not None and ffn is not None and ffn.experts:
+            wire = wire + Wire(intra=2 * once * model.hidden, messages=2).times(share)
+    for part, numbers in (("embedding", 2 * model.hidden), ("head", model.vocab + 2 * model.hidden)):
+        if layout.over_tp is not None and part in layout.over_tp:
+            wire = wire + Wire(intra=once * numbers, messages=1).times(1 / layout.pp)
+    far = layout.over_tp is not None and layout.tp > machine.domain
+    return replace(wire, intra=0.0, inter=wire.intra) if far else wire
+
+
+def _next_stage_within(layout: Layout, machine: Machine) -> float:
+    """Share of the ranks with a next stage for which it is in their own domain; described layouts have none."""
+    apart = layout.gpus // layout.pp
+    if layout.split is None or layout.pp == 1 or apart >= machine.domain:
+        return 0.0
+    ranks = range(layout.gpus - apart)
+    return sum(rank // machine.domain == (rank + apart) // machine.domain for rank in ranks) / len(ranks)
+
+
+def step_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Step:
     """Bytes per step (step 10)."""
     groups = (dense, *_), (experts, *_) = _groups(model, layout)
-    reduced = _over_replicas(groups, machine, _zero_bytes(layout)[1])
+    reduced = _over_replicas(groups, machine, _zero_bytes(layout, software.wide_bytes)[1])
     owned = dense / (layout.dp * layout.cp) + experts / layout.edp
     return Step(
         reduced=reduced + _between_replicas(groups, layout.replicas, machine) if layout.zero == 3 else reduced,
-        moments=owned * (OPTIMIZER_BYTES - _OF_MOMENTS * (1 - moment_bits / 32)),
+        moments=owned * (OPTIMIZER_BYTES - _OF_MOMENTS * (1 - software.moment_bits / 32)),
         owned=owned,
     )
 
 
-def _zero_bytes(layout: Layout) -> tuple[int, int]:
-    """Bytes of a weight that its group gathers and reduces in each micro-batch, and once in a step."""
+def _zero_bytes(layout: Layout, number: int) -> tuple[int, int]:
+    """Bytes of a weight that its group gathers and reduces in each micro-batch, and once in a step; number: bytes of a
+    weight that is gathered by ZeRO 3.
+    """
     if layout.zero < 3:
         return 0, FP32 + BF16
-    per_micro = (2 * BF16 if layout.gather == "layer" else 0) + (FP32 if layout.reduce == "each" else 0)
-    return per_micro, (BF16 if layout.gather == "step" else 0) + (FP32 if layout.reduce == "last" else 0)
+    per_micro = (2 * number if layout.gather == "layer" else 0) + (FP32 if layout.reduce == "each" else 0)
+    return per_micro, (number if layout.gather == "step" else 0) + (FP32 if layout.reduce == "last" else 0)
 
 
 def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
     """Dense parameters and those of experts that a GPU of an average stage computes with."""
     dense, routed = model.stored
-    return dense / (layout.tp * layout.pp), routed / (layout.ep * layout.etp * layout.pp)
+    own = dense / layout.tp if layout.over_tp is None else _dense_params(model, layout)
+    return own / layout.pp, routed / (layout.ep * layout.etp * layout.pp)
+
+
+def _dense_params(model: ModelShape, layout: Layout) -> float:
+    """Those of all layers, embedding and head, of which a GPU has its part where tp splits them."""
+    hidden, total = model.hidden, 0.0
+    for layer in model.layers:
+        everything, _ = layer_params(layer, hidden)
+        ffn, mixer = layer.ffn, layer.mixer
+        of_mixer = 0 if mixer is None else mixer.weights(hidden)
+        routed = 0 if ffn is None else ffn.experts * ffn.expert_weights(hidden)
+        shared = 0 if ffn is None or ffn.shared_in_experts else ffn.shared_weights(hidden)
+        own = everything - routed - of_mixer - shared + shared / layout.ranks_of("ffn")
+        total += layer.count * (own + (0 if mixer is None else of_mixer / layout.ranks_of(part_of(mixer))))
+    tables = {"head"} if model.tied else {"embedding", "head"}
+    return total + sum(model.head_weights / layout.ranks_of(table) for table in tables)
 
 
 def padding(model: ModelShape, layout: Layout) -> float:
@@ -448,10 +522,10 @@ def count(model: ModelShape, layout: Layout, machine: Machine, software: Softwar
     heads = 1 + sum(layer.count for layer in model.layers if layer.mtp)
     return Counts(
         body=body,
-        head=head_work(model.hidden, model.vocab, layout, heads),
+        head=head_work(model.hidden, model.vocab, layout, software, heads),
         wire=wire,
         parallel=parallel_bytes(model, layout, machine, software),
-        step=step_bytes(model, layout, machine, software.moment_bits),
+        step=step_bytes(model, layout, machine, software),
         num_micro=layout.num_micro,
         bubble=_bubble(model, layout, software),
         stages=layout.pp,

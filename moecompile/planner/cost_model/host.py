@@ -146,10 +146,10 @@ def _nodes(model: ModelShape, layout: Layout, software: Software) -> float:
 def _attention_flops(model: ModelShape, layout: Layout, software: Software) -> float:
     flops = 0.0
     for layer in model.layers:
-        if layer.mixer is not None:
+        if isinstance(layer.mixer, Attention):
             again = float(of_layer(layer, software).repeats("full", "all_but_exchanges", "attention"))
             flops += layer.count * layer.mixer.core_flops(layout.seq) * (1 + ATTENTION_BACKWARD + again)
-    return flops / layout.pp * layout.tokens / layout.tp
+    return flops / layout.pp * layout.tokens / layout.ranks_of("attention")
 
 
 def _exchange(model: ModelShape, layout: Layout, counts: Counts, software: Software, host: Host, load: float) -> float:

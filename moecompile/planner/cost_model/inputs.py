@@ -1,7 +1,7 @@
 """What the cost model is given: a model, how it is laid out over GPUs, on which machine and with which software.
 
 A layout may have tensor (tp), pipeline (pp, with vpp virtual stages), context (cp) and expert-tensor (etp) parallelism
-and ZeRO, as published systems use them. The runtime of this package runs ep, tp, cp, dp_shard and dp_replicate alone.
+and ZeRO, as published systems use them. What a plan of this package splits over its own tp and pp, `Layout` says too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from moecompile.planner.lookups import lookup_step
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import PACKING_BYTES, Links
 from moecompile.schema import (
+    FP32_BYTES,
     MOMENTS,
     NUMBERS,
     Config,
@@ -34,6 +35,7 @@ from moecompile.schema import (
     StackConfig,
     StateKind,
     is_described,
+    resolved,
 )
 from moecompile.stages import SCHEDULES as RUN_SCHEDULES
 from moecompile.stages import Pipeline
@@ -56,7 +58,8 @@ _PATHS = {
     "micro_batch": "data.micro_batch_size", **{name: f"workload.{name}" for name in ("tp", "pp", "vpp", "cp", "etp")},
 }  # fmt: skip
 SAID_BY_MESH = ("tp", "pp", "cp")  # sizes of a described layout that are also axes of a mesh
-_BITS = {Precision.fp32: 32}
+_OVER_TP = frozenset({"experts"})
+"""What every plan splits over tp: tokens are cut before experts, and before shared ones that are made with them."""
 REPEATED: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "full": ("full",),
@@ -73,7 +76,9 @@ class Layout:
     global_batch: sequences per step. zero: 0 nothing sharded but experts, 1 optimizer states, 3 weights too (FSDP).
     replicas: of the weights that ZeRO 3 shards (HSDP). reduce, gather: when ZeRO 3 reduces gradients and gathers
     weights (planner/schedule.py); published systems reduce in each micro-batch, and gather layers. split: layers of
-    each place along pp, and where the head is; None: the best split.
+    each place along pp, and where the head is; None: the best split. over_tp: what tp splits, of `experts`,
+    `attention`, `ffn`, `head` and `embedding`, where all else is computed by each rank; None: everything, and sequences
+    between layers, as published systems do.
     """
 
     gpus: int
@@ -91,6 +96,7 @@ class Layout:
     reduce: str = "each"
     gather: str = "layer"
     split: tuple[tuple[int, ...], int] | None = None
+    over_tp: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         for name, value, rule, fix in self._broken():
@@ -100,6 +106,10 @@ class Layout:
     def tokens(self) -> float:
         """Tokens of a micro-batch of a replica on one context-parallel rank."""
         return self.micro_batch * self.seq / self.cp
+
+    def ranks_of(self, part: str) -> int:
+        """Over how many ranks of a TP group a part is split; 1: each computes it for all tokens."""
+        return self.tp if self.over_tp is None or part in self.over_tp else 1
 
     @property
     def dp(self) -> int:
@@ -191,7 +201,9 @@ class Software:
     packing: bytes of memory that kernels of its own move to narrow a number of a row, in forward and backward.
     wire_share: share of a machine's exchange bandwidth that this dispatcher reaches. in_flight, chunks: overlap of a
     plan's own exchanges (seconds.py). paired: share of a planned pipeline's forwards and backwards that run beside
-    another. grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments.
+    another. grad_bits, moment_bits: of a gradient and of each of the optimizer's two moments. number_bytes, wide_bytes:
+    of a number that products of 16 or more bits read and write, and of one between layers and of a weight as ZeRO 3
+    gathers it; they differ under autocast.
     """
 
     bits: int = 16
@@ -210,6 +222,8 @@ class Software:
     paired: float = 0.0
     grad_bits: int = 32
     moment_bits: int = 32
+    number_bytes: int = 2
+    wide_bytes: int = 2
 
     def __post_init__(self) -> None:
         words = {
@@ -222,6 +236,11 @@ class Software:
             for word in given:
                 if word not in known:
                     raise ConfigError(f"stack.{name}", word, "is not known", f"Use one of {', '.join(map(str, known))}")
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are copied into narrower numbers in each micro-batch."""
+        return self.wide_bytes > self.number_bytes
 
     def repeats(self, *parts: str) -> bool:
         """Whether backward computes one of these parts again."""
@@ -377,21 +396,45 @@ def _predicting(shape: ModelShape, further: int) -> ModelShape:
     return replace(shape, layers=(*shape.layers, replace(likes[-1], count=further, mtp=True)))
 
 
-def _moment_bits(optimizer: OptimizerConfig) -> int:
-    """Of a moment; of those that follow the weights, fp32's."""
-    state = StateKind.fp32 if optimizer.state is StateKind.auto else optimizer.state
-    return MOMENTS[state].bits
+def _moment_bits(optimizer: OptimizerConfig, weight_bytes: int) -> int:
+    """Of a moment."""
+    return MOMENTS[resolved(optimizer.state, 8 * weight_bytes) or StateKind.fp32].bits
 
 
 def _with_rows(software: Software, plan: Plan, machine: Machine) -> Software:
-    """With rows of the plan in eight bits. A CPU's bytes are those of numbers of `bits`, which are divided out here."""
+    """With rows as the plan sends them. A CPU's bytes are those of numbers of `bits`, which are divided out here."""
     formats = [(layer.dispatch.wire, layer.row_site.d_model) for layer in plan.layers if layer.steps]
-    if not any(each.narrow for each, _ in formats):
+    is_narrow = any(each.narrow for each, _ in formats)
+    if not formats or not (is_narrow or machine.host is None):
         return software
     wire, width = max(formats, key=formats.count)
-    both = 8 * sum(wire.row_bytes(width, software.bits // 8)) / width
+    number = software.wide_bytes if machine.host is None else software.bits // 8
+    both = 8 * sum(wire.row_bytes(width, number)) / width
     counted = 1.0 if machine.host is None else software.bits / 16
-    return replace(software, row_bits=both / counted - 16, packing=2 * PACKING_BYTES)
+    return replace(software, row_bits=both / counted - 16, packing=2 * PACKING_BYTES if is_narrow else 0.0)
+
+
+def _numbers(config: Config, weight_bytes: int) -> dict[str, int]:
+    """Bytes of the numbers of a run on GPUs: of `Software`."""
+    precision = config.trainer.precision
+    wide = 2 if precision is Precision.bf16_params else weight_bytes
+    return {"number_bytes": 2 if precision is Precision.bf16_mixed else wide, "wide_bytes": wide}
+
+
+def _over_tp(plan: Plan) -> frozenset[str] | None:
+    """`Layout.over_tp`, from the names of split modules: those of attention have it in the name of what they are in."""
+    if plan.mesh.tp == 1:
+        return None
+    found = set(_OVER_TP)
+    for entry in plan.tensor_parallel:
+        owner = entry.modules.rpartition(".")[0]
+        if entry.style == "embedding_rowwise":
+            found.add("embedding")
+        elif "*" not in owner:
+            found.add("head")
+        else:
+            found.add("attention" if "att" in owner.rpartition(".")[2].lower() else "ffn")
+    return frozenset(found)
 
 
 def _split(pipeline: Pipeline | None) -> tuple[tuple[int, ...], int] | None:
@@ -402,8 +445,12 @@ def _split(pipeline: Pipeline | None) -> tuple[tuple[int, ...], int] | None:
     return tuple(sum(len(stage.layers) for stage in own) for own in stages), pipeline.rank_with_loss
 
 
-def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
+def inputs_of(shape: ModelShape, plan: Plan, config: Config, *, described: bool = False) -> Inputs:
     """What is forecast for a plan.
+
+    Args:
+        described: whether described layouts start from it, which have the numbers of their own software; else the
+            config's `workload` says so.
 
     Raises:
         ConfigError: the described layout does not divide, mesh and workload both say a size, or a figure of the
@@ -426,22 +473,28 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config) -> Inputs:
             cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
             **({} if is_described(workload) else {"reduce": plan.reduce, "gather": plan.gather}),
-            split=_split(plan.pipeline),
+            split=_split(plan.pipeline), over_tp=_over_tp(plan),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error
     dispatches = [(layer.dispatch.kind, layer.dispatch.overlap, layer.dispatch.chunks) for layer in plan.layers]
     kind, overlap, chunks = max(dict.fromkeys(dispatches), key=dispatches.count, default=("local", "none", 1))
     own = config.stack.dispatcher is None and not config.stack.overlap
+    # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
+    machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
+    numbers = _numbers(config, shape.weight_bytes)
+    # A CPU's bytes are scaled by `bits`, and a described layout has the numbers of its own software.
+    as_planned = machine.host is None and not (described or is_described(workload))
     software = software_of(
-        config.stack, bits=_BITS.get(config.trainer.precision, 16), dispatcher="flat" if kind == "local" else kind,
-        recompute=REPEATED[checkpointing_of(config, plan)], moment_bits=_moment_bits(config.optimizer),
+        config.stack, bits=32 if config.trainer.precision is Precision.fp32 and numbers["number_bytes"] == 4 else 16,
+        dispatcher="flat" if kind == "local" else kind, recompute=REPEATED[checkpointing_of(config, plan)],
+        moment_bits=_moment_bits(config.optimizer, shape.weight_bytes if as_planned else FP32_BYTES),
     )  # fmt: skip
+    if as_planned:
+        software = replace(software, **numbers)
     if plan.pipeline is not None:
         paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
         software = replace(software, schedule=plan.pipeline.schedule, paired=paired)
-    # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
-    machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
     if own:
         software = _with_rows(software, plan, machine)
     if machine.host is not None:

@@ -99,7 +99,7 @@ def _work_seconds(
     """Kernels of a micro-batch (steps 1 and 2)."""
     wide = machine.peak[16] * sustained(machine, constants)
     rate = _rate(machine, software, constants)
-    dense = work.dense / rate + work.narrow / wide
+    dense = work.dense / rate + work.narrow / (wide if software.bits < 16 else rate)
     return {
         "dense products": dense / constants["dense"] + work.operands / machine.memory / HIDDEN_OPERANDS,
         "expert products": load * work.grouped / (rate * constants["grouped"])

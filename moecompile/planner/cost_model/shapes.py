@@ -114,7 +114,8 @@ class Experts:
 
     num_in: input projections (2: gated). d_shared: width that every token uses. latent: width of a row of a routed
     expert (None: the model's), with a projection down and up. groups, top_groups: of group-limited routing. always:
-    numbers of further products that every token uses.
+    numbers of further products that every token uses. shared_in_experts: whether tokens of what all use are cut over tp
+    with those of routed experts, as of shared experts that a plan makes.
     """
 
     experts: int = 0
@@ -127,6 +128,7 @@ class Experts:
     groups: int = 1
     top_groups: int = 1
     always: int = 0
+    shared_in_experts: bool = False
 
     def row(self, hidden: int) -> int:
         """Numbers of a row that is dispatched."""
@@ -162,7 +164,7 @@ class Layer:
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A language model: its layers, embedding and head. places: path of each layer of the model, and its place in
-    `layers`; empty if they are not known.
+    `layers`; empty if they are not known. weight_bytes: of a number of most weights, as they are stored.
     """
 
     name: str
@@ -171,6 +173,7 @@ class ModelShape:
     layers: tuple[Layer, ...]
     tied: bool = False
     places: tuple[tuple[str, int], ...] = ()
+    weight_bytes: int = 2
 
     def main_layers(self) -> Iterator[Layer]:
         """The layers without multi-token prediction."""

@@ -127,7 +127,7 @@ def layouts(inputs: Inputs, space: Space, rejected: Rejected) -> Iterator[Layout
             for vpp in stages:
                 yield replace(
                     given, vpp=vpp, replicas=1, global_batch=space.batch, reduce="each", gather="layer", split=None,
-                    **sizes,
+                    over_tp=None, **sizes,
                 )  # fmt: skip
 
 

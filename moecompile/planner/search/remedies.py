@@ -41,6 +41,7 @@ from moecompile.planner.cost_model.forecast import (
 )
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.memory import trained_bytes
 from moecompile.planner.params import ModelFacts
 from moecompile.planner.search.axes import axes_of
 from moecompile.planner.search.chosen import with_settings
@@ -56,6 +57,7 @@ from moecompile.schema import (
     StateKind,
     check_moments,
     is_described,
+    resolved,
 )
 
 OFFERED = 4
@@ -98,7 +100,8 @@ def with_remedies(
     if plan.estimate is None or plan.estimate.fits == FITS or not plan.layers or is_described(config.workload):
         return plan
     tried, remedies, least = list[str](), list[Remedy](), list[tuple[int, Mapping[str, object]]]()
-    for stage in _stages(plan, config):
+    narrower = list(_narrower(config, trained_bytes(facts)))
+    for stage in _stages(plan, config, narrower):
         rejected = Rejected()
         try:
             base, candidates = _candidates(stage, sites, facts, config, shape, rejected)
@@ -116,14 +119,16 @@ def with_remedies(
     if not remedies and least:
         needed, settings = min(least, key=lambda each: each[0])
         text += f"; the least is {needed / GIB:.3g} GiB, with {_text(settings)}"
-    if len(tried) > 1 and (saved := list(_saved(plan.estimate, config, again))):
+    if len(tried) > 1 and (saved := list(_saved(plan.estimate, config, narrower, again))):
         text += f"; {' and '.join(saved)}"
     return replace(plan, estimate=replace(plan.estimate, remedies=tuple(remedies), tried=text))
 
 
-def _saved(estimate: Estimate, config: Config, again: Callable[[Config], Plan]) -> Iterator[str]:
+def _saved(
+    estimate: Estimate, config: Config, narrower: Sequence[StateKind], again: Callable[[Config], Plan]
+) -> Iterator[str]:
     """What narrower moments alone save of the optimizer's memory."""
-    for kind in _narrower(config):
+    for kind in narrower:
         changed = {_STATE: kind.value}
         with suppress(ConfigError):
             other = again(with_settings(config, changed)).estimate
@@ -132,7 +137,7 @@ def _saved(estimate: Estimate, config: Config, again: Callable[[Config], Plan]) 
                 yield f"{_text(changed)} alone saves {less / GIB:.3g} GiB"
 
 
-def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
+def _stages(plan: Plan, config: Config, narrower: Sequence[StateKind]) -> Iterator[_Stage]:
     """Step 1."""
     if config.plan:
         yield _Stage(axes=_open(_GIVEN_PLAN, config), changed={})
@@ -148,13 +153,13 @@ def _stages(plan: Plan, config: Config) -> Iterator[_Stage]:
         nodes = plan.mesh.num_nodes * 2**doubled
         if nodes <= _MOST_NODES:
             yield _Stage(axes=few, changed={_NODES: nodes})
-    for kind in _narrower(config):
+    for kind in narrower:
         yield _Stage(axes=few, changed={_STATE: kind.value})
 
 
-def _narrower(config: Config) -> Iterator[StateKind]:
-    """Kinds of moments that take less than those of the config; of those that follow the weights, less than fp32."""
-    now = StateKind.fp32 if config.optimizer.state is StateKind.auto else config.optimizer.state
+def _narrower(config: Config, trained: int) -> Iterator[StateKind]:
+    """Kinds of moments that take less than those of the config; trained: bytes of a number that they may follow."""
+    now = resolved(config.optimizer.state, 8 * trained) or StateKind.fp32
     for kind, row in MOMENTS.items():
         changed = replace(config, optimizer=replace(config.optimizer, state=kind))
         with suppress(ConfigError):

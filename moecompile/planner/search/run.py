@@ -611,7 +611,7 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
     batches = config.data.micro_batch_size * plan.mesh.num_batches  # each described layout has its own
     whole = replace(config.data, global_batch_size=-(-config.data.global_batch_size // batches) * batches)
     as_config = replace(config, data=whole, workload=replace(as_run(config.workload), mtp=config.workload.mtp))
-    inputs = inputs_of(search.shape(plan), plan, as_config)
+    inputs = inputs_of(search.shape(plan), plan, as_config, described=True)
     space = _space(search, plan, inputs)
     if "overlap" not in axes.kept:
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))

@@ -72,6 +72,50 @@ def test_a_pipeline_and_tensor_parallelism_by_hand() -> None:
     assert count(MODEL, layout, H100, Software(schedule="dualpipe")).bubble == 0
 
 
+def test_what_a_plan_does_not_split_over_tp_is_computed_by_each_rank() -> None:
+    alone = count(MODEL, replace(LAYOUT, gpus=8, ep=4), H100, Software())
+    layout = replace(LAYOUT, ep=4, tp=2, over_tp=frozenset({"experts"}))
+    bare = count(MODEL, layout, H100, Software())
+    assert (bare.body.dense, bare.body.core, bare.body.narrow) == (
+        alone.body.dense, alone.body.core, alone.body.narrow
+    )  # fmt: skip
+    assert bare.head.passes == alone.head.passes and bare.body.grouped == alone.body.grouped / 2
+    tokens, d, vocab = 2048, 1024, 1000
+    # Rows are gathered after the experts of four layers, and their gradients in backward: half of them is another's.
+    assert bare.parallel.tensor.intra == 4 * 2 * tokens * d * 2 / 2
+    whole = count(MODEL, replace(layout, over_tp=frozenset({"experts", "attention", "head"})), H100, Software())
+    assert whole.body.dense == alone.body.dense / 2 and whole.body.core == alone.body.core / 2
+    assert whole.body.narrow == alone.body.narrow and whole.head.passes == alone.head.passes  # router, softmax
+    assert whole.head.narrow == alone.head.narrow / 2
+    of_attention, of_head = 4 * 4 * d, vocab + 2 * d
+    assert whole.parallel.tensor.intra - bare.parallel.tensor.intra == (of_attention + of_head) * tokens * 2 / 2
+    published = count(MODEL, replace(layout, over_tp=None), H100, Software())
+    assert published.body.passes < whole.body.passes < bare.body.passes  # norms and scores of words are split too
+    weights = 4 * 4 * d * d  # of attention: without a part of them on each rank, they are reduced whole
+    more = bare.step.reduced.intra - whole.step.reduced.intra
+    assert more == pytest.approx(6 * (weights + vocab * d) / 2 * 3 / 4)
+
+
+def test_stages_of_a_node_are_near() -> None:
+    layout = replace(LAYOUT, ep=1, pp=8, split=((1, 1, 1, 1, 0, 0, 0, 0), 7))
+    near, far = (count(MODEL, replace(layout, pp=pp), H100, Software()).parallel.stage for pp in (8, 2))
+    assert near.intra / (near.intra + near.inter) == 12 / 14  # of 14 ranks with a next one 2 apart, 2 are at the edge
+    assert far.intra == 0 < far.inter
+    assert count(MODEL, replace(layout, split=None), H100, Software()).parallel.stage.intra == 0  # as published
+
+
+def test_wide_numbers_take_as_many_times_the_bytes() -> None:
+    half, full = (
+        count(MODEL, LAYOUT, H100, each) for each in (Software(), Software(bits=32, number_bytes=4, wide_bytes=4))
+    )
+    mixed = count(MODEL, LAYOUT, H100, Software(wide_bytes=4))
+    fixed = 4 * (16 * 16 * 4) * 2048  # of routers' fp32 scores
+    assert full.body.passes - fixed == 2 * (half.body.passes - fixed)
+    norms, weights = 4 * 2 * 10 * 1024 * 2 * 2048, 4 * (4 * 1024**2 + 16 * 1024 + 3 * 1024 * 512)
+    assert mixed.body.passes - half.body.passes == norms + 12 * weights  # and copies of weights and of gradients
+    assert mixed.wire == half.wire and mixed.body.operands == half.body.operands < full.body.operands
+
+
 @pytest.mark.parametrize("name", ["memory", "passes", "intra", "inter"])
 def test_more_bandwidth_is_never_slower(name: str) -> None:
     def times_as_fast(factor: float) -> Machine:
