@@ -319,7 +319,7 @@ class FiguresConfig:
     fp4_tflops: FigureConfig = field(default_factory=FigureConfig)
     """The same in 4 bits; where there is no such unit, the peak in 8 bits."""
     fp32_tflops: FigureConfig = field(default_factory=FigureConfig)
-    """The same for fp32 (on NVIDIA GPUs TF32)."""
+    """The same for fp32, without TF32, which PyTorch leaves off unless `torch.set_float32_matmul_precision` says so."""
     watts: FigureConfig = field(default_factory=FigureConfig)
     """Power limit."""
     memory_tb_s: FigureConfig = field(default_factory=FigureConfig)

@@ -473,7 +473,7 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config, *, described: bool 
             cp=mesh.cp * workload.cp, etp=workload.etp, zero=workload.zero,
             replicas=mesh.dp_replicate if workload.zero == 3 and not is_described(workload) else 1,
             **({} if is_described(workload) else {"reduce": plan.reduce, "gather": plan.gather}),
-            split=_split(plan.pipeline), over_tp=_over_tp(plan),
+            split=_split(plan.pipeline), over_tp=None if described or is_described(workload) else _over_tp(plan),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(_PATHS[error.path.removeprefix("layout.")], error.value, error.rule, error.fix) from error

@@ -90,7 +90,7 @@ def sustained(machine: Machine, constants: Constants) -> float:
 def _rate(machine: Machine, software: Software, constants: Constants) -> float:
     """Operations/s of products in the recipe's numbers, before the share that kernels reach."""
     share = sustained(machine, constants)
-    return float(machine.peak[software.bits] * share * constants["narrowing"] ** log2(16 / software.bits))
+    return float(machine.peak[software.bits] * share * constants["narrowing"] ** max(0.0, log2(16 / software.bits)))
 
 
 def _work_seconds(
