@@ -75,7 +75,7 @@ from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
-from moecompile.runtime.weight_groups import step_meshes_apart
+from moecompile.runtime.weight_groups import check_rows_are_stepped, step_meshes_apart
 from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -246,6 +246,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             if self._stages is not None:
                 self._stages.tied.check_settings(self.optimizers)
             self._watch(compiled)
+            check_rows_are_stepped(compiled, self.optimizers)
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:

@@ -179,7 +179,8 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
 def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
-    for name, call in {"count": _without_count, "world": _wrong_world, "plain": _not_compiled}.items():
+    mistakes = {"count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows}
+    for name, call in mistakes.items():
         try:
             call(folder)
         except (ConfigError, PlanError) as error:
@@ -202,6 +203,13 @@ def _not_compiled(folder: str) -> None:
     module = Mean()
     module.model = Classifier()
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)
+
+
+def _table_by_rows(folder: str) -> None:
+    module, model = Mean(), nn.Sequential(nn.Embedding(64, 6), Classifier())
+    rows = ["embeddings.shard=ep", "embeddings.min_numbers=1", "embeddings.optimizer=lazy_adamw"]
+    module.model = moecompile.compile_model(model, [*OVERRIDES, *rows], example=torch.zeros(1, 4, dtype=torch.int64))
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)  # SGD of torch's
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +280,9 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "mesh=1 x 1: the plan is for 1 ranks, the Trainer has 2. Change mesh.num_nodes"
     )
     assert results[0]["plain"].startswith("model=Mean: holds 0 compiled models, one is needed. Call moecompile.compile")
+    assert results[1]["table"].startswith(
+        "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
+    )
 
 
 def test_unknown_loss() -> None:
