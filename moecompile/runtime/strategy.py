@@ -474,10 +474,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return bool(votes == self.world_size) if all else bool(votes)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""
-        return super().reduce(
-            tensor, self.groups.stage if group is None and self._stages is not None else group, reduce_op
-        )
+        """Lightning's. Ranks of a TP group and those of a pipeline log the same values: a sum has each once."""
+        if group is None and self._groups is not None and reduce_op in ("sum", dist.ReduceOp.SUM):
+            group = self._groups.tokens
+        return super().reduce(tensor, group, reduce_op)
 
     def _begin_step(self) -> None:
         """Resets the state of the last step, and abandons a window that was not completed."""

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
 from moecompile.errors import ConfigError, PlanError
+from moecompile.mesh import MeshSpec
+from moecompile.runtime.groups import Groups
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -185,7 +187,16 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             call(folder)
         except (ConfigError, PlanError) as error:
             out[name] = str(error)
-    return out
+    axes = ("ep", "cp", "tp", "pp")
+    return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
+
+
+def _reduced(rank: int, mesh: MeshSpec) -> dict[str, float]:
+    """What is logged of 5 tokens of each rank, as `reduce_fx` says, and of the rank."""
+    strategy = moecompile.ExpertParallelStrategy()
+    strategy._groups = Groups.of(mesh, "cpu")
+    values = {"sum": 5.0, "mean": 5.0, "max": float(rank)}
+    return {op: float(strategy.reduce(torch.tensor(value), reduce_op=op)) for op, value in values.items()}
 
 
 def _without_count(folder: str) -> None:
@@ -263,6 +274,14 @@ def test_ranks_see_different_data(results: list[dict[str, Any]]) -> None:
 
 def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
+
+
+def test_a_logged_sum_has_each_token_once(results: list[dict[str, Any]]) -> None:
+    """Ranks of a TP group and of a pipeline log the same tokens; what is of a rank, such as its memory, is of every."""
+    for result in results:
+        sums = {axis: reduced.pop("sum") for axis, reduced in result["reduced"].items()}
+        assert sums == {"ep": 10.0, "cp": 10.0, "tp": 5.0, "pp": 5.0}
+        assert all(reduced == {"mean": 5.0, "max": 1.0} for reduced in result["reduced"].values())
 
 
 @CASES
