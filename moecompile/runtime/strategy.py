@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
 from moecompile.capture import seed_generators
 from moecompile.checkpoint.tensors import tensors_of
@@ -196,6 +199,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self.model is not None
         mesh = plan_of(self.model).mesh
         return {"num_replicas": mesh.num_batches, "rank": mesh.batch_index(self.global_rank)}
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Lightning's. In prediction its sampler repeats nothing, and ranks would call the model unequally often."""
+        for each in (dataloader, getattr(dataloader, "batch_sampler", None)):
+            if isinstance(sampler := getattr(each, "sampler", None), UnrepeatedDistributedSamplerWrapper):
+                _repeat(sampler)
+        return super().process_dataloader(dataloader)
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -661,6 +671,21 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._window.num_micro_batches += begins
         drawing = modules or [self.model]
         return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
+
+
+def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:
+    """Changes a sampler to that of validation, which gives all ranks equally many samples; prints if some repeat."""
+    number, ranks = sampler.total_size, sampler.num_replicas
+    # In place: a batch sampler has it, which Lightning has wrapped.
+    sampler.__class__ = DistributedSamplerWrapper  # type: ignore[assignment]
+    DistributedSampler.__init__(
+        sampler, sampler.dataset, ranks, sampler.rank, shuffle=sampler.shuffle, seed=sampler.seed
+    )
+    if more := sampler.total_size - number:
+        rank_zero_info(
+            f"predict: {number} samples for {ranks} ranks; every forward exchanges rows, so all ranks predict "
+            f"{sampler.num_samples}, and {more} of the samples twice"
+        )
 
 
 def _train_routing(model: nn.Module) -> None:

@@ -187,8 +187,22 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             call(folder)
         except (ConfigError, PlanError) as error:
             out[name] = str(error)
+    out["predicted"] = _predicted()
     axes = ("ep", "cp", "tp", "pp")
     return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
+
+
+class Predicts(Mean):
+    """With what `Trainer.predict` calls."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(batch[0])
+
+
+def _predicted() -> list[Tensor]:
+    """Of five samples on two ranks, in batches of two: by the sampler that Lightning has for prediction."""
+    trainer = Trainer(strategy="expert_parallel", devices=WORLD, **CPU)
+    return trainer.predict(Predicts(), DataLoader(TensorDataset(dataset().tensors[0][:5]), batch_size=2))
 
 
 def _reduced(rank: int, mesh: MeshSpec) -> dict[str, float]:
@@ -274,6 +288,16 @@ def test_ranks_see_different_data(results: list[dict[str, Any]]) -> None:
 
 def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
+
+
+def test_ranks_predict_equally_many_batches(results: list[dict[str, Any]]) -> None:
+    """The first sample is predicted twice, because every forward exchanges rows."""
+    by_rank = [result["predicted"] for result in results]
+    assert [[len(batch) for batch in batches] for batches in by_rank] == [[2, 1]] * WORLD
+    got = torch.stack([torch.cat(batches) for batches in by_rank], 1).flatten(0, 1)
+    with torch.no_grad():
+        wanted = one_process([]).eval()(dataset().tensors[0][:5])
+    torch.testing.assert_close(got, torch.cat((wanted, wanted[:1])))
 
 
 def test_a_logged_sum_has_each_token_once(results: list[dict[str, Any]]) -> None:
