@@ -120,7 +120,7 @@ def widen_experts(
             "top_k", top_k, f"outputs on the example are promised to stay but differ by {diff:.3g}", "Report this model"
         )
     if noise:
-        _add_noise(wide, copies, noise, seed)  # Step 4
+        _add_noise(model, wide, copies, noise, seed)  # Step 4
     return _marked(Widened(wide, copies, reason, diff), noise)
 
 
@@ -289,12 +289,12 @@ def _fill(name: str, new: Tensor, old: Tensor | None, rows: Sequence[int]) -> No
 
 
 @torch.no_grad()
-def _add_noise(wide: nn.Module, copies: Mapping[str, list[int]], noise: float, seed: int) -> None:
+def _add_noise(model: nn.Module, wide: nn.Module, copies: Mapping[str, list[int]], noise: float, seed: int) -> None:
     """Adds noise to the matrices of experts and to router rows; every first copy stays as it was."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wide.named_parameters():
-        rows = _rows(name, copies)
-        if parameter.ndim < 2 or not rows or parameter.shape[0] != len(rows):
+        rows, before = _rows(name, copies), model.get_parameter(name)
+        if parameter.ndim < 2 or parameter.shape[0] == before.shape[0]:  # not one row for each expert
             continue
         is_copy = torch.tensor([i > 0 and rows[i] == rows[i - 1] for i in range(len(rows))], device=parameter.device)
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -147,15 +148,17 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _is_wrapped(layer: nn.Module) -> bool:
-    return getattr(layer.forward, "computes_again", False)
+    return hasattr(layer.forward, "computes_again")
 
 
 def _recomputed(
     forward: Callable[..., Any], run_checkpointed: Callable[..., Any], padding: Padding
 ) -> Callable[..., Any]:
+    holder = SimpleNamespace(forward=forward)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return holder.forward(*args, **kwargs)
         masks, read = padding.now, _versions(args, kwargs)
 
         def with_masks(*inputs: Any) -> Any:
@@ -166,12 +169,17 @@ def _recomputed(
                     "trainer.checkpointing=none",
                 )  # fmt: skip
             with padding.during(masks):
-                return forward(*inputs, **kwargs)
+                return holder.forward(*inputs, **kwargs)
 
         return run_checkpointed(with_masks, *args)
 
-    run.computes_again = True  # type: ignore[attr-defined]
+    run.computes_again = holder  # type: ignore[attr-defined]
     return run
+
+
+def holder_of_forward(module: nn.Module) -> Any:
+    """What has the `forward` of a module that is computed: the module, or within what computes it again."""
+    return getattr(module.forward, "computes_again", module)
 
 
 def _versions(*inputs: Any) -> list[int]:

@@ -41,6 +41,7 @@ from moecompile.mesh import LinkClass, MeshSpec
 from moecompile.nn.replay import ReplayLayer, Routes, record_routes, replay_layers
 from moecompile.ops.traffic import lookup_traffic, optimizer_traffic, traffic
 from moecompile.passes.base import op_name
+from moecompile.passes.recompute import holder_of_forward
 from moecompile.plan import EXCHANGE_OPS, WAIT_OPS, Plan, Traffic
 from moecompile.rundir import PROFILE, ROUTES
 from moecompile.runtime.gradients import local_grads
@@ -126,7 +127,8 @@ def _traffic(sums: list[int], count: int) -> Traffic:
 #      experts; exchanges before and after the experts; copies and sums of rows; the rest.
 #   2. Before the first exchange of a layer, and before the first one after its experts, the ranks of the EP group wait
 #      for each other. The time of that is waiting, so that the exchanges themselves do not include it.
-#   3. What backward computes again is neither timed nor waited for.
+#   3. What backward computes again is neither timed nor waited for: a region that is wrapped for that is timed within
+#      the wrapper, which stays.
 
 PARTS = ("router", "dispatch", "experts", "combine", "waiting", "arriving", "shared", "rows", "other")
 
@@ -152,6 +154,7 @@ class TimedGraphs:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.times: dict[str, Times] = {}
+        self._before: list[tuple[Any, Any]] = []  # while installed: what has a forward, and its own before
         self._regions = {
             path: region
             for path, region in model.named_modules()
@@ -160,14 +163,20 @@ class TimedGraphs:
 
     def install(self) -> None:
         """The next forwards are timed."""
+        self.remove()  # after a micro-batch without a loss
         for path, region in self._regions.items():
-            times = self.times.setdefault(path, Times())
-            region.forward = self._timed(region, region.forward, times)
+            times, holder = self.times.setdefault(path, Times()), holder_of_forward(region)
+            self._before.append((holder, vars(holder).get("forward")))
+            holder.forward = self._timed(region, holder.forward, times)
 
     def remove(self) -> None:
         """Forwards are as before."""
-        for region in self._regions.values():
-            region.__dict__.pop("forward", None)
+        for holder, own in self._before:
+            if own is None:
+                del holder.forward
+            else:
+                holder.forward = own
+        self._before = []
 
     def _timed(self, region: fx.GraphModule, forward: Callable[..., Any], times: Times) -> Callable[..., Any]:
         signature = inspect.signature(forward)

@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
 from moecompile.capture import seed_generators
 from moecompile.checkpoint.tensors import tensors_of
@@ -75,7 +78,7 @@ from moecompile.runtime.groups import Groups
 from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
-from moecompile.runtime.weight_groups import step_meshes_apart
+from moecompile.runtime.weight_groups import check_rows_are_stepped, step_meshes_apart
 from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -197,6 +200,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         mesh = plan_of(self.model).mesh
         return {"num_replicas": mesh.num_batches, "rank": mesh.batch_index(self.global_rank)}
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Lightning's. In prediction its sampler repeats nothing, and ranks would call the model unequally often."""
+        for each in (dataloader, getattr(dataloader, "batch_sampler", None)):
+            if isinstance(sampler := getattr(each, "sampler", None), UnrepeatedDistributedSamplerWrapper):
+                _repeat(sampler)
+        return super().process_dataloader(dataloader)
+
     @property
     def device_mesh(self) -> DeviceMesh:
         """The (dp_replicate, edp, ep) mesh, after setup."""
@@ -246,6 +256,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             if self._stages is not None:
                 self._stages.tied.check_settings(self.optimizers)
             self._watch(compiled)
+            check_rows_are_stepped(compiled, self.optimizers)
         self.setup_precision_plugin()
 
     def _parallelize(self, compiled: nn.Module, plan: Plan, device_mesh: DeviceMesh) -> None:
@@ -473,10 +484,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return bool(votes == self.world_size) if all else bool(votes)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Lightning's. Ranks of a pipeline log the same values, so a sum is over the ranks of a stage."""
-        return super().reduce(
-            tensor, self.groups.stage if group is None and self._stages is not None else group, reduce_op
-        )
+        """Lightning's. Ranks of a TP group and those of a pipeline log the same values: a sum has each once."""
+        if group is None and self._groups is not None and reduce_op in ("sum", dist.ReduceOp.SUM):
+            group = self._groups.tokens
+        return super().reduce(tensor, group, reduce_op)
 
     def _begin_step(self) -> None:
         """Resets the state of the last step, and abandons a window that was not completed."""
@@ -660,6 +671,21 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._window.num_micro_batches += begins
         drawing = modules or [self.model]
         return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
+
+
+def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:
+    """Changes a sampler to that of validation, which gives all ranks equally many samples; prints if some repeat."""
+    number, ranks = sampler.total_size, sampler.num_replicas
+    # In place: a batch sampler has it, which Lightning has wrapped.
+    sampler.__class__ = DistributedSamplerWrapper  # type: ignore[assignment]
+    DistributedSampler.__init__(
+        sampler, sampler.dataset, ranks, sampler.rank, shuffle=sampler.shuffle, seed=sampler.seed
+    )
+    if more := sampler.total_size - number:
+        rank_zero_info(
+            f"predict: {number} samples for {ranks} ranks; every forward exchanges rows, so all ranks predict "
+            f"{sampler.num_samples}, and {more} of the samples twice"
+        )
 
 
 def _train_routing(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from moecompile.errors import ConfigError
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
 from moecompile.passes.lookups import tables_of
-from moecompile.runtime.moments import BY_ROWS, AdamW, keeping_of
+from moecompile.runtime.moments import BY_ROWS, AdamW, KeepsItsState, keeping_of
 from moecompile.runtime.muon import Muon
 from moecompile.schema import (
     Bf16Weights,
@@ -197,6 +197,28 @@ def _by_mesh(groups: Sequence[WeightGroup]) -> list[dict[str, Any]]:
         kind = {"kind": group.kind} if group.kind in BY_ROWS else {}
         made += [{"params": p, "lr": group.lr, "weight_decay": group.weight_decay, **kind} for p in of_mesh.values()]
     return made
+
+
+def check_rows_are_stepped(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Gradients of tables that are stepped by rows are not in `.grad`: another optimizer would leave them as they are.
+
+    Args:
+        model: a compiled model. optimizers: all that step its weights.
+
+    Raises:
+        ConfigError: none of them steps a trained table by its rule.
+    """
+    groups = [group for each in optimizers if isinstance(each, KeepsItsState) for group in each.param_groups]
+    stepped = {(id(weight), group.get("kind")) for group in groups for weight in group["params"]}
+    for name, rule in tables_of(model).items():
+        table = model.get_parameter(name) if rule else None
+        if table is not None and table.requires_grad and (id(table), rule) not in stepped:
+            given = ", ".join(type(each).__name__ for each in optimizers)
+            raise ConfigError(
+                "embeddings.optimizer", rule, f"{name} is stepped by rows, which {given} would not do",
+                "Return moecompile.make_optimizer(self.model, overrides) from configure_optimizers, or use "
+                "embeddings.optimizer=same",
+            )  # fmt: skip
 
 
 def step_meshes_apart(optimizer: Optimizer) -> None:

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
 from moecompile.errors import ConfigError, PlanError
+from moecompile.mesh import MeshSpec
+from moecompile.runtime.groups import Groups
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -179,12 +181,36 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
 def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
-    for name, call in {"count": _without_count, "world": _wrong_world, "plain": _not_compiled}.items():
+    mistakes = {"count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows}
+    for name, call in mistakes.items():
         try:
             call(folder)
         except (ConfigError, PlanError) as error:
             out[name] = str(error)
-    return out
+    out["predicted"] = _predicted()
+    axes = ("ep", "cp", "tp", "pp")
+    return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
+
+
+class Predicts(Mean):
+    """With what `Trainer.predict` calls."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(batch[0])
+
+
+def _predicted() -> list[Tensor]:
+    """Of five samples on two ranks, in batches of two: by the sampler that Lightning has for prediction."""
+    trainer = Trainer(strategy="expert_parallel", devices=WORLD, **CPU)
+    return trainer.predict(Predicts(), DataLoader(TensorDataset(dataset().tensors[0][:5]), batch_size=2))
+
+
+def _reduced(rank: int, mesh: MeshSpec) -> dict[str, float]:
+    """What is logged of 5 tokens of each rank, as `reduce_fx` says, and of the rank."""
+    strategy = moecompile.ExpertParallelStrategy()
+    strategy._groups = Groups.of(mesh, "cpu")
+    values = {"sum": 5.0, "mean": 5.0, "max": float(rank)}
+    return {op: float(strategy.reduce(torch.tensor(value), reduce_op=op)) for op, value in values.items()}
 
 
 def _without_count(folder: str) -> None:
@@ -202,6 +228,13 @@ def _not_compiled(folder: str) -> None:
     module = Mean()
     module.model = Classifier()
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)
+
+
+def _table_by_rows(folder: str) -> None:
+    module, model = Mean(), nn.Sequential(nn.Embedding(64, 6), Classifier())
+    rows = ["embeddings.shard=ep", "embeddings.min_numbers=1", "embeddings.optimizer=lazy_adamw"]
+    module.model = moecompile.compile_model(model, [*OVERRIDES, *rows], example=torch.zeros(1, 4, dtype=torch.int64))
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)  # SGD of torch's
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +290,24 @@ def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
 
 
+def test_ranks_predict_equally_many_batches(results: list[dict[str, Any]]) -> None:
+    """The first sample is predicted twice, because every forward exchanges rows."""
+    by_rank = [result["predicted"] for result in results]
+    assert [[len(batch) for batch in batches] for batches in by_rank] == [[2, 1]] * WORLD
+    got = torch.stack([torch.cat(batches) for batches in by_rank], 1).flatten(0, 1)
+    with torch.no_grad():
+        wanted = one_process([]).eval()(dataset().tensors[0][:5])
+    torch.testing.assert_close(got, torch.cat((wanted, wanted[:1])))
+
+
+def test_a_logged_sum_has_each_token_once(results: list[dict[str, Any]]) -> None:
+    """Ranks of a TP group and of a pipeline log the same tokens; what is of a rank, such as its memory, is of every."""
+    for result in results:
+        sums = {axis: reduced.pop("sum") for axis, reduced in result["reduced"].items()}
+        assert sums == {"ep": 10.0, "cp": 10.0, "tp": 5.0, "pp": 5.0}
+        assert all(reduced == {"mean": 5.0, "max": 1.0} for reduced in result["reduced"].values())
+
+
 @CASES
 def test_checkpoint_restores_every_weight(results: list[dict[str, Any]], case: str) -> None:
     for result in results:
@@ -272,6 +323,9 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "mesh=1 x 1: the plan is for 1 ranks, the Trainer has 2. Change mesh.num_nodes"
     )
     assert results[0]["plain"].startswith("model=Mean: holds 0 compiled models, one is needed. Call moecompile.compile")
+    assert results[1]["table"].startswith(
+        "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
+    )
 
 
 def test_unknown_loss() -> None:

@@ -116,6 +116,19 @@ def test_noise_leaves_the_first_copies_and_everything_else() -> None:
     assert all(torch.equal(again[name], noisy[name]) for name in noisy)
 
 
+def test_noise_is_for_what_grew() -> None:
+    """A shared expert may have as many hidden numbers as there are experts then."""
+    model = moe_model("deepseek_v3")
+    shared = "model.layers.1.mlp.shared_experts.gate_proj.weight"
+    factor = model.get_parameter(shared).shape[0] // model.config.n_routed_experts
+    wide = widen_experts(model, factor, example=EXAMPLE, noise=0.1).model
+    assert wide.config.n_routed_experts == model.get_parameter(shared).shape[0]
+    for name, parameter in wide.named_parameters():
+        before = model.get_parameter(name)
+        assert before.shape != parameter.shape or torch.equal(before, parameter), name
+    assert not torch.equal(*wide.model.layers[1].mlp.gate.weight[:2])
+
+
 @pytest.mark.slow
 def test_without_noise_copies_stay_alike() -> None:
     """Why noise is an option: copies that are chosen together have equal gradients."""

@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import moecompile
 from moecompile.errors import ConfigError
+from moecompile.passes.lookups import tables_of
 from moecompile.runtime.muon import Muon
-from moecompile.runtime.weight_groups import make_optimizer, step_meshes_apart, weight_groups
+from moecompile.runtime.weight_groups import check_rows_are_stepped, make_optimizer, step_meshes_apart, weight_groups
 from moecompile.schema import OptimizerConfig, OptimizerKind, WeightGroupConfig
+from tests.table_models import build
 from tests.tiny import fake_rank
 
 MUON = OptimizerKind.muon
@@ -169,3 +171,23 @@ def test_a_users_optimizer_that_would_step_two_meshes_at_once_is_refused(
         f"several device meshes. Use moecompile.make_optimizer, leave {told} out, or give each device mesh a group of its own."
     )
     step_meshes_apart(torch.optim.AdamW([{"params": [weight]} for weight in of_two_meshes], **settings))
+
+
+def test_an_optimizer_that_would_not_step_tables_by_rows_is_refused() -> None:
+    """Their gradients are not in `.grad`, so that it would leave them as they were made."""
+    settings = ["experts.num_routed=4", "embeddings.shard=ep", "embeddings.min_numbers=300"]
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model = moecompile.compile_model(build(), [*settings, "embeddings.optimizer=lazy_adamw"], example=ids)
+    check_rows_are_stepped(model, [make_optimizer(model)])
+    check_rows_are_stepped(model, [make_optimizer(model, ["optimizer=muon"])])
+    with pytest.raises(ConfigError) as error:
+        check_rows_are_stepped(model, [torch.optim.AdamW(model.parameters())])
+    assert str(error.value) == (
+        "embeddings.optimizer=lazy_adamw: model.embed_tokens.weight is stepped by rows, which AdamW would not do. Return "
+        "moecompile.make_optimizer(self.model, overrides) from configure_optimizers, or use embeddings.optimizer=same."
+    )
+    for name in tables_of(model):
+        model.get_parameter(name).requires_grad_(False)
+    check_rows_are_stepped(model, [torch.optim.AdamW(model.parameters())])
+    same = moecompile.compile_model(build(), settings, example=ids)
+    check_rows_are_stepped(same, [torch.optim.AdamW(same.parameters())])
