@@ -130,11 +130,14 @@ _HOOK_WORDS = {
 
 
 def compile_whole(module: nn.Module) -> None:
-    """Compiles `module` with torch.compile as one graph, in which sizes may depend on values."""
+    """Compiles the forward of `module` with torch.compile as one graph, in which sizes may depend on values.
+
+    Not `module.compile`, whose graph has hooks too, and what computes a forward again.
+    """
     import torch._dynamo  # here, because it loads sympy
 
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    module.compile(fullgraph=True)
+    module.forward = torch.compile(module.forward, fullgraph=True)  # type: ignore[method-assign]
 
 
 class _AtEnd(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import torch
@@ -207,7 +207,7 @@ def test_step_0_is_not_promised_with_a_capacity() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at inputs that are no leaves
 def test_other_lengths_compile_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and their gradients, of which that of sequences depends on the length, are those without compilation."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     losses = [f"balance.losses.{name}=0.1" for name in ("sequence", "micro_batch", "z")]
     plain = compiled("mixtral", *losses, dtype=torch.float64)

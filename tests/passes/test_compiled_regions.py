@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from functools import partialmethod
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from moecompile.pipeline import compile_model
+from moecompile.passes.base import run_on_model
+from moecompile.passes.recompute import Recompute
+from moecompile.passes.run import CompileRegions
+from moecompile.pipeline import compile_model, plan_of
 from moecompile.torch_private import compile_whole
 from tests.tiny import COPY4, Gated, config
 
@@ -37,7 +40,7 @@ def test_other_token_counts_compile_nothing_after_the_second_step(
     kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counters: Any = torch._dynamo.utils.counters
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
     counters.clear()
     plain = compile_model(nn.Sequential(Gated(), Gated()), config(*COPY4, *KINDS[kind]), example=torch.zeros(2, 8))
@@ -53,3 +56,21 @@ def test_other_token_counts_compile_nothing_after_the_second_step(
     assert counters["graph_break"] == {}
     assert compilations[0] >= 1
     assert compilations[1:] == compilations[1:2] * 5, compilations
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(
+    ("checkpointing", "backend"),
+    [("full", "aot_eager"), pytest.param("keep_exchanges", "inductor", marks=pytest.mark.slow)],
+)
+def test_a_compiled_region_is_computed_again(checkpointing: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph is within what wraps it, as with a budget that computes the experts of a layer again."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    plain = compile_model(nn.Sequential(Gated(), Gated()), config(*COPY4), example=torch.zeros(2, 8))
+    model = copy.deepcopy(plain)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run_on_model([CompileRegions(), Recompute(checkpointing=checkpointing)], model, plan_of(plain))
+        x = torch.randn(24, 8)
+        for got, wanted in zip(gradients(model, x), gradients(plain, x), strict=True):
+            assert torch.allclose(got, wanted, atol=1e-5)
