@@ -97,7 +97,7 @@ def main() -> None:
     """Prints the table, and writes it for the documentation."""
     rows = {row["id"]: row for row in yaml.safe_load(PUBLISHED.read_text())["throughput"]}
     lines = [
-        "| imported | layout, tokens x sequences | published | predicted | off | published where |",
+        "| imported | layout, tokens x sequences | published, TFLOP/s | predicted | off | published where |",
         "|---|---|---|---|---|---|",
     ]
     for case in CASES:
