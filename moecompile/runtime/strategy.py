@@ -38,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from moecompile.capture import seed_generators
+from moecompile.checkpoint.folders import whole
 from moecompile.checkpoint.tensors import tensors_of
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import Part
@@ -289,7 +290,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
         """
         assert self.model is not None
-        path = Path(self.broadcast(checkpoint_path))
+        path = Path(self.broadcast(whole(Path(checkpoint_path))))
         found = trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of, self.groups.stages)
         for config, state in zip(self.lr_scheduler_configs, found.get("lr_schedulers", ()), strict=False):
             groups = config.scheduler.optimizer.param_groups
