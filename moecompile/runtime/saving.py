@@ -157,7 +157,9 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
         PlanError: the checkpoint has other names or shapes.
     """
     optimizers, saved = trainer.strategy.optimizers, entries_of(folder)
-    tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
+    had_steps = state.metrics["steps_skipped"] < state.step
+    tensors = tensors_of(module.model, optimizers, to_read=True)
+    tensors = forget_unused(module.model, optimizers, tensors, saved, had_steps=had_steps)
     reading_of(folder, module.model, optimizers, tensors, saved, stages=groups_of(trainer).stages).fill()
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)

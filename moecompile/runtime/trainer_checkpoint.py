@@ -8,31 +8,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from moecompile import plan as plans
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import entries_of, forget_unused, write_tensors, written
+from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, write_tensors, written
 from moecompile.errors import PlanError
 from moecompile.pipeline import plan_of
 from moecompile.runtime.converted import reading_of
 
 LIGHTNING = "lightning.pt"
 """Lightning's checkpoint without tensors."""
-TensorsOf = Callable[[Sequence[Optimizer]], dict[str, Tensor]]
 
 
 def save(
-    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
-    *, is_first_rank: bool, barrier: Callable[[], object], stages: dist.ProcessGroup | None = None,
+    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], *, is_first_rank: bool,
+    barrier: Callable[[], object], stages: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Writes the folder `path`; all ranks call it.
 
     Args:
         checkpoint: Lightning's. model: the LightningModule. optimizers: whose state is saved, too.
-        tensors_of: optimizers -> the entries of model and optimizers.
         stages: ranks with other stages of a pipeline, whose optimizers may have other groups.
     """
     groups = [[_settings(group) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -42,7 +40,7 @@ def save(
         dist.all_gather_object(gathered, groups, group=stages)
         rest[_OF_STAGES] = gathered
     with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
-        tensors = written(model, tensors_of(optimizers))
+        tensors = written(model, tensors_of(model, optimizers))
         write_tensors(folder, tensors, orders=orders_of(model, tensors))
         if is_first_rank:
             plans.save(plan_of(model), folder / PLAN)
@@ -50,12 +48,11 @@ def save(
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
-    stages: dist.ProcessGroup | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], stages: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
     """Reads such a folder, written on any mesh, into model and optimizers; all ranks call it.
 
-    Arguments are those of `save`. stages: ranks with other stages of a pipeline.
+    It makes missing optimizer state by a step with zeros. Arguments are those of `save`.
 
     Returns:
         Lightning's checkpoint without tensors.
@@ -68,7 +65,8 @@ def load(
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
     entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}
-    tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
+    tensors = tensors_of(model, optimizers, to_read=True)
+    tensors = forget_unused(model, optimizers, tensors, entries, had_steps=not _are_alike(optimizers, groups))
     reading = reading_of(path, model, optimizers, tensors, entries, stages=stages, key="ckpt_path")
     of_stages = rest.pop(_OF_STAGES, [groups])
     for i, optimizer in enumerate(optimizers):
@@ -83,6 +81,12 @@ def load(
 
 _OF_STAGES = "optimizer_groups_of_stages"
 _SCHEDULED = ("params", "lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum")
+
+
+def _are_alike(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether saved groups have the settings of these optimizers, so that they are of the same kind."""
+    pairs = zip(optimizers, saved, strict=False)
+    return all(optimizer.defaults.keys() <= group.keys() for optimizer, groups in pairs for group in groups)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -114,6 +114,51 @@ class SumAux(Sum):
     overrides = AUX
 
 
+class Moments(Mean):
+    """With moments, into which a step with zeros would put the weights."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class Manual(Mean):
+    """Steps by itself, the head from the third batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        model, head = self.optimizers()
+        x, y = batch
+        self.manual_backward(F.cross_entropy(self.model(x), y))
+        model.step()
+        if batch_idx > 1:
+            head.step()
+        self.zero_grad()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        head = set(self.model.head.parameters())
+        return [torch.optim.Adam(each, lr=0.01) for each in ([*set(self.model.parameters()) - head], [*head])]
+
+
+class Saves(Callback):
+    """Saves before the first step, and after the first batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "0")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if args[-1] == 0:
+            trainer.save_checkpoint(self.folder / "1")
+
+
 MODULES: dict[str, type[Mean]] = {"mean": Mean, "sum": Sum, "mean-aux": MeanAux, "sum-aux": SumAux}
 CASES = pytest.mark.parametrize("case", MODULES)
 
@@ -179,12 +224,27 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
 def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
+    out["saves"] = with_saves(Path(folder))
     for name, call in {"count": _without_count, "world": _wrong_world, "plain": _not_compiled}.items():
         try:
             call(folder)
         except (ConfigError, PlanError) as error:
             out[name] = str(error)
     return out
+
+
+def with_saves(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
+    """Weights after an epoch, by module: without a save, with some, from the checkpoint before the first step."""
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for kind in (Moments, Manual):
+        saves = Saves(folder / kind.__name__)
+        for callbacks, path in ([], None), ([saves], None), ([], saves.folder / "0"):
+            module = kind()
+            trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=callbacks, **CPU)
+            trainer.fit(module, ckpt_path=path)
+            weights = {name: full(tensor) for name, tensor in module.model.state_dict().items()}
+            found.setdefault(kind.__name__, []).append(weights)
+    return found
 
 
 def _without_count(folder: str) -> None:
@@ -261,6 +321,15 @@ def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
 def test_checkpoint_restores_every_weight(results: list[dict[str, Any]], case: str) -> None:
     for result in results:
         assert worst(result[case]["restored"], result[case]["weights"])[0] == 0.0
+
+
+@pytest.mark.parametrize("kind", [Moments, Manual])
+def test_a_save_changes_nothing_before_the_first_step_either(results: list[dict[str, Any]], kind: type[Mean]) -> None:
+    """It once made a step with zeros, which counted, and moved correction biases."""
+    for result in results:
+        without, *others = result["saves"][kind.__name__]
+        for weights in others:
+            assert worst(weights, without)[0] == 0.0
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
