@@ -284,17 +284,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
-            PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
+            PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
         """
         assert self.model is not None
         path = Path(self.broadcast(whole(Path(checkpoint_path))))
         with nullcontext() if self._guard is None else self._guard.pause():  # it makes steps with zeros
-            found = trainer_checkpoint.load(path, self.model, self.optimizers, self.groups.stages)
+            found, are_same = trainer_checkpoint.load(path, self.model, self.optimizers, self.groups.stages)
         for config, state in zip(self.lr_scheduler_configs, found.get("lr_schedulers", ()), strict=False):
-            groups = config.scheduler.optimizer.param_groups
-            if "base_lrs" in state and (self._stages is not None or len(state["base_lrs"]) != len(groups)):
-                state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in groups]  # not those of stage 0
-                state["_last_lr"] = [group["lr"] for group in groups]
+            if not are_same:
+                trainer_checkpoint.fit_scheduler(config.scheduler, state)
         return found
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
