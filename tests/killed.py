@@ -15,12 +15,12 @@ def killed_at(moment: int, *changes: tuple[Any, str]) -> Iterator[None]:
     left = moment
 
     def killed(change: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
-            return change(*arguments)
+            return change(*arguments, **named)
 
         return call
 

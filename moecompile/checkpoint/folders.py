@@ -5,6 +5,7 @@
     RUN/checkpoints/step-30.tmp/   being written, or interrupted
     RUN/checkpoints/latest         a link to the newest complete one
     RUN/replaced-1/                a run directory with the checkpoints after the one from which a later run went on
+    ANY.old                        what a folder of a Trainer's replaces, for the moment between two renames
 
 Every rank writes its shards into a `.tmp`; all else is rank 0's. DCP alone does not ensure that a checkpoint is whole:
 a save that is killed while it overwrites an older one can load as a mix of both.
@@ -226,23 +227,30 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
 def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], object]) -> Iterator[Path]:
     """Yields `<path>.tmp` to write into, and renames it to `path` when all ranks are done. All ranks must enter it.
 
-    An older folder at `path` stays until the new one is complete. If a rank fails, nothing is renamed.
+    An older folder at `path` stays until the new one is complete and on disk. If a rank fails, nothing is renamed. If
+    it is killed at any moment, `whole` finds the older one or the new one.
     """
-    tmp, old = unfinished(path), path.with_name(path.name + ".old")
+    tmp, old = unfinished(path), _older(path)
     if is_first_rank:
-        for leftover in (tmp, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if whole(path) == old:  # killed between the two renames
+            old.rename(path)
+        _remove(tmp)
+        _remove(old)
         tmp.mkdir(parents=True)
     barrier()
     yield tmp
     barrier()
     if is_first_rank:
         seal(tmp)
-        if path.exists():
-            path.rename(old)
-        _publish(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _publish(path, old)
+        if old.exists():
+            _remove(old.rename(tmp))  # so that one that is half removed is not taken for a whole one
     barrier()
+
+
+def whole(path: Path) -> Path:
+    """`path`; or the older folder that a save was replacing when it was killed, where that is all there is."""
+    return _older(path) if _older(path).exists() and not path.exists() else path
 
 
 def unfinished(path: Path) -> Path:
@@ -250,12 +258,30 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name + UNFINISHED)
 
 
-def _publish(path: Path) -> None:
-    """Renames a complete `<path>.tmp` to `path`, and makes both files and name durable (fsync)."""
+def _older(path: Path) -> Path:
+    """The name of what was at `path` while a new folder takes its place."""
+    return path.with_name(path.name + ".old")
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or what else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _publish(path: Path, old: Path | None = None) -> None:
+    """Renames a complete `<path>.tmp` to `path`, and makes both files and name durable (fsync).
+
+    What was there is renamed to `old`, but not before the files are durable, which takes long.
+    """
     tmp = unfinished(path)
     for file in tmp.iterdir():
         sync(file)
     sync(tmp)
+    if old is not None and path.exists():
+        path.rename(old)
     tmp.rename(path)
     sync(path.parent)
 

@@ -53,14 +53,18 @@ _INDEX_CLASSES = {
 }  # fmt: skip
 
 
-def tensors_of(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, optimizers: Iterable[Optimizer] = (), *, to_read: bool = False) -> dict[str, Tensor]:
     """The entries of a checkpoint, as views: reading into them changes the model and its optimizers.
 
-    It creates the state of an optimizer that has not made a step yet. All ranks call it.
+    An optimizer that has not made a step yet has no state, and no entries.
+
+    Args:
+        to_read: state is made for such an optimizer by a step with zeros, which counts as one: all of it must be read,
+            or forgotten (`forget_unused`). All ranks call it.
     """
     tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
     options, tied = StateDictOptions(flatten_optimizer_state_dict=True), tied_names(model)
-    for optimizer in optimizers:
+    for optimizer in (each for each in optimizers if each.state or to_read):  # torch makes what is missing
         for name, value in get_optimizer_state_dict(model, optimizer, options=options).items():
             if isinstance(value, Tensor) and name.startswith("state."):
                 weight, _, kind = name.removeprefix("state.").rpartition(".")
@@ -75,15 +79,18 @@ def written(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def forget_unused(
-    model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor], saved: Iterable[str]
-) -> dict[str, Tensor]:
-    """Removes optimizer state that was not saved, of weights that no gradient had reached, also from `tensors`.
+    model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor], saved: Iterable[str],
+    *, had_steps: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Removes optimizer state that was not saved, of weights that no step had changed, also from `tensors`.
 
     Args:
-        tensors: from `tensors_of`, which creates state for all. saved: names of a checkpoint's entries.
+        tensors: from `tensors_of`, which makes state for all. saved: names of a checkpoint's entries.
+        had_steps: whether there were steps; then a checkpoint without any state is not of these optimizers, nothing is
+            removed, and it is refused later.
     """
     with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
-    if not with_state:  # a checkpoint without an optimizer, which is refused later
+    if had_steps and not with_state:
         return tensors
     tied = tied_names(model)
     named = {tied.get(name, name): parameter for name, parameter in model.named_parameters()}

@@ -208,6 +208,7 @@ class RunTotals:
         """
         return {
             "sums": self.sums.over_ranks(tokens),
+            "kinds": list(self.sums.kinds),
             "loss_first": self.loss_first,
             "loss_last": self.loss_last,
             "max_violation_last": self.max_violation_last,
@@ -220,7 +221,7 @@ class RunTotals:
 
     def restore(self, state: Mapping[str, Any], *, is_first_rank: bool) -> None:
         """Restores `state`, on any number of ranks; is_first_rank: of those with different tokens."""
-        self.sums.restore(state["sums"], is_first_rank=is_first_rank)
+        self.sums.restore(state["sums"], state["kinds"], is_first_rank=is_first_rank)
         self.steps.restore(state["steps"], state["num_steps"])
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
         self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
@@ -238,7 +239,7 @@ class LossSums:
     def __init__(self) -> None:
         self._row: Tensor | None = None
         self._step: Tensor | None = None  # of the current optimizer step
-        self._kinds: tuple[str, ...] = ()  # of auxiliary losses
+        self.kinds: tuple[str, ...] = ()  # of auxiliary losses in the row, with those that a resumed run has no more
 
     def add(
         self, loss: Tensor, num_tokens: Tensor, aux_losses: Mapping[str, Tensor], aux_tokens: Tensor | None = None
@@ -246,9 +247,11 @@ class LossSums:
         """Adds a micro-batch. loss: the sum over its tokens; aux_losses: per token, by kind. aux_tokens: the tokens of
         the latter; None: those of the loss.
         """
-        num_tokens, self._kinds = num_tokens.double(), tuple(aux_losses)
+        num_tokens = num_tokens.double()
+        self.kinds = tuple(dict.fromkeys((*self.kinds, *aux_losses)))
         aux_tokens = num_tokens if aux_tokens is None else aux_tokens
-        aux = [value.double() * aux_tokens for value in aux_losses.values()]
+        none = torch.zeros_like(num_tokens)
+        aux = [aux_losses[kind].double() * aux_tokens if kind in aux_losses else none for kind in self.kinds]
         sums = torch.stack((loss.detach().double(), num_tokens, *aux))
         self._step = sums if self._step is None else self._step + sums
 
@@ -258,7 +261,9 @@ class LossSums:
         assert sums is not None
         if dropped:
             sums = torch.zeros_like(sums)
-        self._row = sums if self._row is None else self._row.to(sums) + sums
+        if self._row is not None:
+            sums[: len(self._row)] += self._row.to(sums)  # that of a resumed run may lack its last kinds
+        self._row = sums
 
     def over_ranks(self, tokens: dist.ProcessGroup | None = None) -> list[float] | None:
         """The row so far, summed over the ranks of a group, which all call it; None before its first step.
@@ -278,14 +283,19 @@ class LossSums:
         """Loss, tokens and auxiliary losses of the row, over ranks as in `over_ranks`. Starts a new row."""
         sums = self.over_ranks(tokens)
         assert sums is not None
-        self._row = None
         loss, num_tokens, *aux_losses = sums
-        return loss, num_tokens, dict(zip(self._kinds, aux_losses, strict=True))
+        of_kinds = dict(zip(self.kinds, aux_losses, strict=True))
+        self._row, self.kinds = None, ()
+        return loss, num_tokens, of_kinds
 
-    def restore(self, sums: Sequence[float] | None, *, is_first_rank: bool) -> None:
-        """Restores the result of `over_ranks`: the first rank has the sums of all."""
+    def restore(self, sums: Sequence[float] | None, kinds: Sequence[str], *, is_first_rank: bool) -> None:
+        """Restores the result of `over_ranks`: the first rank has the sums of all.
+
+        kinds: of the auxiliary losses in it, which are left out if it has others.
+        """
         if sums is not None:
-            row = torch.tensor(sums, dtype=torch.float64)
+            self.kinds = tuple(kinds) if len(kinds) == len(sums) - 2 else ()
+            row = torch.tensor(sums[: 2 + len(self.kinds)], dtype=torch.float64)
             self._row = row if is_first_rank else torch.zeros_like(row)
 
 

@@ -157,7 +157,9 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
         PlanError: the checkpoint has other names or shapes.
     """
     optimizers, saved = trainer.strategy.optimizers, entries_of(folder)
-    tensors = forget_unused(module.model, optimizers, tensors_of(module.model, optimizers), saved)
+    had_steps = state.metrics["steps_skipped"] < state.step
+    tensors = tensors_of(module.model, optimizers, to_read=True)
+    tensors = forget_unused(module.model, optimizers, tensors, saved, had_steps=had_steps)
     reading_of(folder, module.model, optimizers, tensors, saved, stages=groups_of(trainer).stages).fill()
     for scheduler in trainer.strategy.lr_scheduler_configs:
         module.set_step(scheduler.scheduler, state.step)
@@ -165,9 +167,16 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
     steps.ready = steps.completed = state.step  # what trainer.global_step reads
     loop.batch_progress.total.ready = loop.batch_progress.total.completed = batches  # when to validate
-    metrics.tally.restore(state.metrics, is_first_rank=groups_of(trainer).is_first)
+    known = {"kinds": _kinds(read(folder / folders.PLAN)), **state.metrics}
+    metrics.tally.restore(known, is_first_rank=groups_of(trainer).is_first)
     if trainer.is_global_zero:
         metrics.history = _history(folder, state.step)
+
+
+def _kinds(plan: Plan) -> list[str]:
+    """The kinds of auxiliary losses as 0.2.0 has summed them, which saved no names."""
+    kinds = dict.fromkeys(kind for layer in plan.layers for kind in layer.balance.losses)
+    return list(kinds) if plan.pipeline is None else sorted(kinds)
 
 
 def rows_until(folder: Path, step: int) -> list[dict[str, float]]:

@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
 from moecompile.capture import seed_generators
-from moecompile.checkpoint.tensors import tensors_of
+from moecompile.checkpoint.folders import whole
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import Part
 from moecompile.nn import (
@@ -283,30 +283,27 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self.model is not None
         trainer_checkpoint.save(
             Path(self.broadcast(filepath)), checkpoint, self.model,
-            self.optimizers if "optimizer_states" in checkpoint else [], self._tensors_of,
-            is_first_rank=self.is_global_zero, barrier=self.barrier, stages=self.groups.stages,
+            self.optimizers if "optimizer_states" in checkpoint else [], is_first_rank=self.is_global_zero,
+            barrier=self.barrier, stages=self.groups.stages,
         )  # fmt: skip
 
-    def _tensors_of(self, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-        """The entries to save. It creates missing optimizer state by a step with zeros, which the guard ignores."""
-        assert self.model is not None
-        with nullcontext() if self._guard is None else self._guard.pause():
-            return tensors_of(self.model, optimizers)
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: `save_checkpoint` writes it. Lightning's makes missing state by a step, and gathers all of it."""
+        return {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
-            PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
+            PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
         """
         assert self.model is not None
-        path = Path(self.broadcast(checkpoint_path))
-        found = trainer_checkpoint.load(path, self.model, self.optimizers, self._tensors_of, self.groups.stages)
+        path = Path(self.broadcast(whole(Path(checkpoint_path))))
+        with nullcontext() if self._guard is None else self._guard.pause():  # it makes steps with zeros
+            found, are_same = trainer_checkpoint.load(path, self.model, self.optimizers, self.groups.stages)
         for config, state in zip(self.lr_scheduler_configs, found.get("lr_schedulers", ()), strict=False):
-            groups = config.scheduler.optimizer.param_groups
-            if "base_lrs" in state and (self._stages is not None or len(state["base_lrs"]) != len(groups)):
-                state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in groups]  # not those of stage 0
-                state["_last_lr"] = [group["lr"] for group in groups]
+            if not are_same:
+                trainer_checkpoint.fit_scheduler(config.scheduler, state)
         return found
 
     def _clip(self, optimizer: Optimizer, clip_val: float) -> None:

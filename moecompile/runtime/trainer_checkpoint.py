@@ -14,35 +14,39 @@ from torch.optim import Optimizer
 from moecompile import plan as plans
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.tensors import entries_of, forget_unused, write_tensors, written
+from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, write_tensors, written
 from moecompile.errors import PlanError
+from moecompile.nn.stages import tied_names
 from moecompile.pipeline import plan_of
 from moecompile.runtime.converted import reading_of
 
 LIGHTNING = "lightning.pt"
 """Lightning's checkpoint without tensors."""
-TensorsOf = Callable[[Sequence[Optimizer]], dict[str, Tensor]]
 
 
 def save(
-    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
-    *, is_first_rank: bool, barrier: Callable[[], object], stages: dist.ProcessGroup | None = None,
+    path: Path, checkpoint: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], *, is_first_rank: bool,
+    barrier: Callable[[], object], stages: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Writes the folder `path`; all ranks call it.
 
     Args:
         checkpoint: Lightning's. model: the LightningModule. optimizers: whose state is saved, too.
-        tensors_of: optimizers -> the entries of model and optimizers.
         stages: ranks with other stages of a pipeline, whose optimizers may have other groups.
     """
+    names = _names(model)
     groups = [[_settings(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    weights = [[_weights(group, names) for group in optimizer.param_groups] for optimizer in optimizers]
     rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
-    if stages is not None and optimizers:
-        gathered: list[Any] = [None] * dist.get_world_size(stages)
-        dist.all_gather_object(gathered, groups, group=stages)
-        rest[_OF_STAGES] = gathered
+    if optimizers:
+        gathered: list[Any] = [(groups, weights)]
+        if stages is not None:
+            gathered = [None] * dist.get_world_size(stages)
+            dist.all_gather_object(gathered, (groups, weights), group=stages)
+            rest[_OF_STAGES] = [each for each, _ in gathered]
+        rest[_WEIGHTS] = [each for _, each in gathered]
     with whole_folder(path, is_first_rank=is_first_rank, barrier=barrier) as folder:
-        tensors = written(model, tensors_of(optimizers))
+        tensors = written(model, tensors_of(model, optimizers))
         write_tensors(folder, tensors, orders=orders_of(model, tensors))
         if is_first_rank:
             plans.save(plan_of(model), folder / PLAN)
@@ -50,43 +54,104 @@ def save(
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], tensors_of: TensorsOf,
-    stages: dist.ProcessGroup | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], stages: dist.ProcessGroup | None = None
+) -> tuple[dict[str, Any], bool]:
     """Reads such a folder, written on any mesh, into model and optimizers; all ranks call it.
 
-    Arguments are those of `save`. stages: ranks with other stages of a pipeline.
+    It makes missing optimizer state by a step with zeros. Arguments are those of `save`.
 
     Returns:
-        Lightning's checkpoint without tensors.
+        Lightning's checkpoint without tensors, and whether it is of the same parameter groups; if not, schedulers are
+        to be fitted (`fit_scheduler`).
 
     Raises:
-        PlanError: entries are missing or have other shapes, or the optimizers have other parameter groups.
+        PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
     """
     check(path, [LIGHTNING, PLAN], key="ckpt_path")
     rest: dict[str, Any] = torch.load(path / LIGHTNING, map_location="cpu", weights_only=True)
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
     entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}
-    tensors = forget_unused(model, optimizers, tensors_of(optimizers), entries)
+    tensors = tensors_of(model, optimizers, to_read=True)
+    tensors = forget_unused(model, optimizers, tensors, entries, had_steps=not _are_alike(optimizers, groups))
     reading = reading_of(path, model, optimizers, tensors, entries, stages=stages, key="ckpt_path")
-    of_stages = rest.pop(_OF_STAGES, [groups])
+    of_stages, weights = rest.pop(_OF_STAGES, [groups]), rest.pop(_WEIGHTS, None)
+    names = _names(model)
+    number, index = (1, 0) if stages is None else (dist.get_world_size(stages), dist.get_rank(stages))
     for i, optimizer in enumerate(optimizers):
-        number, index = (1, 0) if stages is None else (dist.get_world_size(stages), dist.get_rank(stages))
-        if len(of_stages) == number:
-            _set_groups(optimizer, of_stages[index][i], path)
+        saved = [group for of_stage in of_stages for group in of_stage[i]]
+        if weights is not None:
+            _set_by_weights(optimizer, saved, [each for of_stage in weights for each in of_stage[i]], names, path)
+        elif len(of_stages) == number and len(of_stages[index][i]) == len(optimizer.param_groups):  # of 0.2.0
+            for group, values in zip(optimizer.param_groups, of_stages[index][i], strict=True):
+                group.update(values)
         else:
-            _set_alike(optimizer, [group for of_stage in of_stages for group in of_stage[i]], path)
+            _set_alike(optimizer, saved, path)
     reading.fill()
-    return rest
+    mine = [[_weights(group, names) for group in optimizer.param_groups] for optimizer in optimizers]
+    are_same = weights == [mine] if weights is not None else [*map(len, groups)] == [*map(len, mine)]
+    return rest, are_same and stages is None
 
 
-_OF_STAGES = "optimizer_groups_of_stages"
+def fit_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    """Makes the state of a saved scheduler one of the parameter groups here, of which there may be more or fewer."""
+    for inner, its in zip(getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=False):
+        fit_scheduler(inner, its)
+    groups = scheduler.optimizer.param_groups
+    by_group = {name: getattr(scheduler, name, None) for name in _BY_GROUP} | {
+        "base_lrs": [group.get("initial_lr", group["lr"]) for group in groups],
+        "_last_lr": [group["lr"] for group in groups],
+    }
+    state.update({name: values for name, values in by_group.items() if name in state})
+    if "lr_lambdas" in state:  # what callable objects keep
+        del state["lr_lambdas"][len(groups) :]
+
+
+_OF_STAGES, _WEIGHTS = "optimizer_groups_of_stages", "optimizer_weights_of_stages"
+_BY_GROUP = ("min_lrs", "max_lrs", "base_momentums", "max_momentums")
+"""Arguments of schedulers, one for each group."""
 _SCHEDULED = ("params", "lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum")
+
+
+def _are_alike(optimizers: Sequence[Optimizer], saved: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether saved groups have the settings of these optimizers, so that they are of the same kind."""
+    pairs = zip(optimizers, saved, strict=False)
+    return all(optimizer.defaults.keys() <= group.keys() for optimizer, groups in pairs for group in groups)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    """The names of a model's weights on every mesh."""
+    tied = tied_names(model)
+    return {parameter: tied.get(name, name) for name, parameter in model.named_parameters()}
+
+
+def _weights(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str]:
+    return [names[parameter] for parameter in group["params"] if parameter in names]
+
+
+def _set_by_weights(
+    optimizer: Optimizer, saved: Sequence[dict[str, Any]], weights: Sequence[Sequence[str]],
+    names: Mapping[Tensor, str], path: Path,
+) -> None:  # fmt: skip
+    """Restores the options of parameter groups, each from those that had its weights, which another mesh may cut.
+
+    Args:
+        saved: groups of all stages. weights: the names of the weights of each.
+    """
+    of = {name: group for group, each in zip(saved, weights, strict=True) for name in each}
+    for group in optimizer.param_groups:
+        first, *others = [of[name] for name in _weights(group, names) if name in of] or [{}]
+        if differ := [name for name in first if any(each.get(name) != first[name] for each in others)]:
+            had = " and ".join(dict.fromkeys(str(each.get(differ[0])) for each in (first, *others)))
+            raise PlanError(
+                "ckpt_path", path, f"weights of one parameter group of the optimizer had {differ[0]} {had}",
+                "Make groups of weights that had the same settings",
+            )  # fmt: skip
+        group.update(first)
 
 
 def _set_alike(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
@@ -98,14 +163,3 @@ def _set_alike(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) ->
             rule = f"the optimizer's group with {mine} had {len(rates)} learning rates, one is needed"
             raise PlanError("ckpt_path", path, rule, "Make the same groups on every mesh")
         group.update(alike[0])
-
-
-def _set_groups(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
-    """Restores the options of parameter groups, such as learning rates."""
-    if len(saved) != len(optimizer.param_groups):
-        raise PlanError(
-            "ckpt_path", path, f"the optimizer had {len(saved)} parameter groups, it has {len(optimizer.param_groups)}",
-            "Make the same groups on every mesh",
-        )  # fmt: skip
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update(values)

@@ -107,3 +107,39 @@ def test_what_resume_may_name(tmp_path: Path) -> None:
         f"trainer.resume={tmp_path}: there is no whole checkpoint. "
         "Give a run directory, one of its checkpoints/step-N, or auto."
     )
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_killed_while_a_folder_is_replaced_a_whole_one_is_found(moment: int, tmp_path: Path) -> None:
+    """Lightning's `last.ckpt`; the third save, which is killed too, begins with what the second one has left."""
+
+    def save(text: str) -> None:
+        with folders.whole_folder(path, is_first_rank=True, barrier=lambda: None) as folder:
+            (folder / "one").write_text(text)
+            (folder / "two").write_text(text)
+
+    def found() -> str:
+        folder = folders.whole(path)
+        folders.check(folder, ["one", "two"])
+        assert (folder / "one").read_text() == (folder / "two").read_text()
+        return (folder / "one").read_text()
+
+    path = tmp_path / "last.ckpt"
+    save("1")
+    kept = "1"
+    for text in ("2", "3"):
+        with killed_at(moment, (folders, "sync"), (Path, "rename"), (shutil, "rmtree")):
+            save(text)
+        assert kept <= (kept := found()) <= text
+    save("4")
+    assert found() == "4" and names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_file_is_replaced_by_a_folder_more_than_once(tmp_path: Path) -> None:
+    """Lightning's checkpoint of another strategy is a file."""
+    path = tmp_path / "last.ckpt"
+    path.write_text("a file")
+    for text in ("1", "2"):
+        with folders.whole_folder(path, is_first_rank=True, barrier=lambda: None) as folder:
+            (folder / "one").write_text(text)
+    assert (path / "one").read_text() == "2" and names(tmp_path) == ["last.ckpt"]

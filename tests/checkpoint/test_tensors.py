@@ -62,7 +62,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert its_optimizer.state[other[0].weight]["step"] == 2
     # The weights alone, into an optimizer-free model; a fresh optimizer takes the state too.
     third, fresh = made(0)
-    read_tensors(tmp_path, tensors_of(third, [fresh]), orders={})
+    read_tensors(tmp_path, tensors_of(third, [fresh], to_read=True), orders={})
     assert torch.equal(fresh.state[third[0].bias]["exp_avg"], before["optimizer.0.bias.exp_avg"])
 
 
@@ -122,7 +122,7 @@ def test_weights_that_nothing_uses_have_no_state_and_none_afterwards() -> None:
     stored = tensors_of(model, [optimizer])
     assert "optimizer.used.weight.exp_avg" in stored and not any("optimizer.unused" in name for name in stored)
     again, fresh = made()
-    tensors = tensors_of(again, [fresh])
+    tensors = tensors_of(again, [fresh], to_read=True)
     assert any("optimizer.unused" in name for name in tensors)
     tensors = forget_unused(again, [fresh], tensors, stored)
     assert tensors.keys() == stored.keys()
@@ -132,8 +132,18 @@ def test_weights_that_nothing_uses_have_no_state_and_none_afterwards() -> None:
     fresh.step()
     assert torch.equal(again["unused"].weight, before)  # type: ignore[index]
     without = [name for name in stored if name.startswith("model.")]
-    tensors = tensors_of(again, [fresh])
+    tensors = tensors_of(again, [fresh], to_read=True)
     assert forget_unused(again, [fresh], tensors, without) is tensors  # a checkpoint without an optimizer is refused
+    assert forget_unused(again, [fresh], tensors, without, had_steps=False).keys() == set(without)  # before any step
+    assert not fresh.state
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Rprop])
+def test_entries_to_save_make_no_state(kind: type[torch.optim.Optimizer]) -> None:
+    model, _ = made(0)
+    optimizer = kind(model.parameters())
+    assert not any(name.startswith("optimizer") for name in tensors_of(model, [optimizer])) and not optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_members_of_an_enum_are_read_as_the_first_versions_of_python_3_11_wrote_them() -> None:

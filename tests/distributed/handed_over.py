@@ -14,7 +14,7 @@ from tests.distributed.gradient_job import full
 
 def handed_over(model: nn.Module, optimizer: Optimizer, source: str | None, target: str) -> dict[str, Tensor]:
     """Reads `source`, if there is one, and writes `target`. Returns every tensor, whole."""
-    tensors = tensors_of(model, [optimizer])
+    tensors = tensors_of(model, [optimizer], to_read=source is not None)
     if source is not None:
         read_tensors(Path(source), tensors, orders={})
     Path(target).mkdir(exist_ok=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +21,7 @@ import moecompile
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import MeshSpec
 from moecompile.runtime.groups import Groups
+from moecompile.runtime.trainer_checkpoint import _set_by_weights
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -116,6 +118,68 @@ class SumAux(Sum):
     overrides = AUX
 
 
+class Moments(Mean):
+    """With moments, into which a step with zeros would put the weights."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class Manual(Mean):
+    """Steps by itself, the head from the third batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        model, head = self.optimizers()
+        x, y = batch
+        self.manual_backward(F.cross_entropy(self.model(x), y))
+        model.step()
+        if batch_idx > 1:
+            head.step()
+        self.zero_grad()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        head = set(self.model.head.parameters())
+        return [torch.optim.Adam(each, lr=0.01) for each in ([*set(self.model.parameters()) - head], [*head])]
+
+
+class ByMesh(Mean):
+    """With groups by device mesh, and rates that follow two schedulers of one group each."""
+
+    def __init__(self, mesh: str) -> None:
+        self.overrides = (mesh,)
+        super().__init__()
+
+    def configure_optimizers(self) -> Any:
+        made = moecompile.make_optimizer(self.model, ["optimizer.lr=0.01"])
+        for group in made.param_groups:  # before the scheduler: its base
+            group["lr"] *= 2 if group["weight_decay"] else 1
+        first = torch.optim.lr_scheduler.LambdaLR(made, partial(pow, 0.5))
+        parts = [first, torch.optim.lr_scheduler.CosineAnnealingLR(made, 9)]
+        schedule = torch.optim.lr_scheduler.SequentialLR(made, parts, milestones=[4])
+        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Saves(Callback):
+    """Saves before the first step, and after the first batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "0")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if args[-1] == 0:
+            trainer.save_checkpoint(self.folder / "1")
+
+
 MODULES: dict[str, type[Mean]] = {"mean": Mean, "sum": Sum, "mean-aux": MeanAux, "sum-aux": SumAux}
 CASES = pytest.mark.parametrize("case", MODULES)
 
@@ -181,6 +245,7 @@ def fit(rank: int, world_size: int, module_class: type[Mean], strategy: str, fol
 def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
+    out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
     mistakes = {"count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows}
     for name, call in mistakes.items():
         try:
@@ -211,6 +276,36 @@ def _reduced(rank: int, mesh: MeshSpec) -> dict[str, float]:
     strategy._groups = Groups.of(mesh, "cpu")
     values = {"sum": 5.0, "mean": 5.0, "max": float(rank)}
     return {op: float(strategy.reduce(torch.tensor(value), reduce_op=op)) for op, value in values.items()}
+
+
+def with_saves(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
+    """Weights after an epoch, by module: without a save, with some, from the checkpoint before the first step."""
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for kind in (Moments, Manual):
+        saves = Saves(folder / kind.__name__)
+        for callbacks, path in ([], None), ([saves], None), ([], saves.folder / "0"):
+            module = kind()
+            trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=callbacks, **CPU)
+            trainer.fit(module, ckpt_path=path)
+            weights = {name: full(tensor) for name, tensor in module.model.state_dict().items()}
+            found.setdefault(kind.__name__, []).append(weights)
+    return found
+
+
+def on_meshes(folder: Path) -> list[tuple[int, dict[str, float], dict[str, Tensor]]]:
+    """Groups, rates of weights, weights: after three steps, three more on the same mesh, and on another one."""
+    found = []
+    for mesh, path, steps in (("mesh.ep=2", None, 3), ("mesh.ep=2", folder, 6), ("mesh.ep=1", folder, 6)):
+        module = ByMesh(mesh)
+        trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_steps=steps, **CPU)
+        trainer.fit(module, ckpt_path=path)
+        if path is None:
+            trainer.save_checkpoint(folder)
+        names = {parameter: name for name, parameter in module.model.named_parameters()}
+        groups = trainer.optimizers[0].param_groups
+        rates = {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}
+        found.append((len(groups), rates, {n: full(t) for n, t in module.model.state_dict().items()}))
+    return found
 
 
 def _without_count(folder: str) -> None:
@@ -312,6 +407,40 @@ def test_a_logged_sum_has_each_token_once(results: list[dict[str, Any]]) -> None
 def test_checkpoint_restores_every_weight(results: list[dict[str, Any]], case: str) -> None:
     for result in results:
         assert worst(result[case]["restored"], result[case]["weights"])[0] == 0.0
+
+
+@pytest.mark.parametrize("kind", [Moments, Manual])
+def test_a_save_changes_nothing_before_the_first_step_either(results: list[dict[str, Any]], kind: type[Mean]) -> None:
+    """It once made a step with zeros, which counted, and moved correction biases."""
+    for result in results:
+        without, *others = result["saves"][kind.__name__]
+        for weights in others:
+            assert worst(weights, without)[0] == 0.0
+
+
+def test_groups_that_another_mesh_cuts_have_the_settings_of_their_weights(results: list[dict[str, Any]]) -> None:
+    """Rates too, of schedulers in schedulers, one with a callable object."""
+    for result in results:
+        (saved, _, before), (same, rates, weights), (fewer, others, on_another) = result["meshes"]
+        assert saved == same > fewer and rates == others and len(set(rates.values())) == 2
+        assert worst(on_another, weights)[0] < 1e-5 < worst(before, weights)[0]
+
+
+def test_groups_of_weights_that_had_several_settings_are_told(tmp_path: Path) -> None:
+    weights = {nn.Parameter(torch.zeros(2)): name for name in "abc"}
+    a, b, c = weights
+    optimizer = torch.optim.SGD([{"params": [a, b]}, {"params": [c], "lr": 0.4}], lr=0.1)
+    saved = [{"lr": 0.5, "momentum": 0.0}, {"lr": 0.25, "momentum": 0.0}]
+    _set_by_weights(optimizer, saved, [["a", "b"], ["c"]], weights, tmp_path)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    _set_by_weights(optimizer, [*saved[::-1], saved[1]], [["a"], ["elsewhere"], ["b"]], weights, tmp_path)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    with pytest.raises(PlanError) as caught:
+        _set_by_weights(optimizer, saved, [["a", "c"], ["b"]], weights, tmp_path)
+    assert str(caught.value) == (
+        f"ckpt_path={tmp_path}: weights of one parameter group of the optimizer had lr 0.5 and 0.25. "
+        "Make groups of weights that had the same settings."
+    )
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:

@@ -64,6 +64,43 @@ def test_a_row_over_two_steps_of_two_micro_batches() -> None:
     assert sums.over_ranks() is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        ("z", "sequence", {"z": 2.0, "sequence": 1.0}),
+        ("z", "sequence z", {"z": 4.0, "sequence": 1.0}),
+        ("sequence z", "z", {"z": 4.0, "sequence": 1.0}),
+        ("z", "", {"z": 2.0}),
+        ("", "z", {"z": 2.0}),
+    ],
+)
+def test_a_run_may_go_on_with_other_losses_in_the_middle_of_a_row(
+    before: str, after: str, wanted: dict[str, float]
+) -> None:
+    """A step of two micro-batches before and one after: each loss has its own sum, and the next row no old ones."""
+    aux = {"z": torch.tensor(0.5), "sequence": torch.tensor(0.25)}
+
+    def step(tally: RunTotals, kinds: str) -> None:
+        for _ in range(2):
+            tally.sums.add(torch.tensor(3.0), torch.tensor(2), {kind: aux[kind] for kind in kinds.split()})
+        tally.end_step([], skipped=False)
+
+    saved, again = RunTotals(), RunTotals()
+    step(saved, before)
+    again.restore(saved.state(), is_first_rank=True)
+    step(again, after)
+    assert again.sums.take() == (12.0, 8.0, wanted)
+    step(again, after)
+    assert again.sums.take()[2].keys() == set(after.split())
+
+
+def test_sums_without_names_are_those_of_the_plan_or_left_out() -> None:
+    for kinds, wanted in ((["z"], {"z": 5.0}), ([], {}), (["z", "sequence"], {})):
+        sums = LossSums()
+        sums.restore([8.0, 6.0, 5.0], kinds, is_first_rank=True)
+        assert sums.take() == (8.0, 6.0, wanted)
+
+
 def test_speed_is_that_of_the_rows_after_the_first() -> None:
     """Rows of 6, 10 and 20 tokens in 3, 1 and 2 s; then one whose steps were all dropped."""
     tally = RunTotals()
