@@ -9,8 +9,9 @@ Legend: B sequences, S tokens of a sequence, T = B S tokens, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class Padding:
         self.is_used = True  # whether a layer was computed again with `last`
         self.positions: Positions | None = None  # those of this rank, if positions are split over ranks
         self.recomputes: Callable[[], bool] = lambda: False
-        self._outer: list[dict[str, Tensor] | None] = []  # a model may call a model
+        self.is_cached = False  # whether the current forward has a cache: then masks are of earlier tokens too
+        self._outer: list[tuple[dict[str, Tensor] | None, bool]] = []  # a model may call a model
         self._is_masked = False  # whether the current forward has masks
 
     def mask(self, name: str) -> Tensor | None:
@@ -49,13 +51,14 @@ class Padding:
         self.is_used = True
         return self.last.get(name)
 
-    def start(self, masks: dict[str, Tensor]) -> None:
+    def start(self, masks: dict[str, Tensor], *, is_cached: bool = False) -> None:
         """A forward begins. Without masks of its own it has those of the forward around it; without ids, its ids.
 
         Raises:
             MoecompileError: an earlier forward with another mask still has to be computed again.
         """
-        self._outer.append(self.now)
+        self._outer.append((self.now, self.is_cached))
+        self.is_cached = is_cached or (self.is_cached and not masks.keys() - {IDS})
         around = self.now or {}
         if masks.keys() - {IDS}:
             around = {name: ids for name, ids in around.items() if name == IDS}
@@ -66,7 +69,7 @@ class Padding:
 
     def end(self) -> None:
         """The forward is over."""
-        self.now = self._outer.pop()
+        self.now, self.is_cached = self._outer.pop()
         if not self._outer:
             if not self._is_masked:
                 self._begin({})
@@ -125,14 +128,20 @@ class TokenMask(ReadsCall):
             first = 0 if positions is None else num_tokens * positions.index
             return torch.arange(first, first + num_tokens, device=x.device) < mask[-1]
         mask = mask if positions is None else positions.cut(mask, 1)
-        per_sequence = num_tokens // max(1, mask.shape[0])
-        if per_sequence * mask.shape[0] != num_tokens or per_sequence > mask.shape[1]:
+        if not are_of_mask(x.shape[:-1], mask.shape, is_cached=self.padding.is_cached):
             raise MoecompileError(
-                f"{self.argument} {tuple(mask.shape)} does not fit the {num_tokens} tokens that reach an MoE layer, so "
-                "its padding cannot be found. Compile with data.mask_padding=never"
+                f"{self.argument} {tuple(mask.shape)} does not fit the {num_tokens} tokens {tuple(x.shape[:-1])} that "
+                "reach an MoE layer, so its padding cannot be found. Compile with data.mask_padding=never"
             )
         # With a cache the mask also covers earlier tokens, to the left of these.
-        return mask[:, mask.shape[1] - per_sequence :].reshape(-1)
+        return mask[:, mask.shape[1] - num_tokens // mask.shape[0] :].reshape(-1)
+
+
+def are_of_mask(tokens: Sequence[int], mask: Sequence[int], *, is_cached: bool = False) -> bool:
+    """Whether tokens (B, S) or (T,) are those of a mask (B, S); with a cache they may be its last ones."""
+    batch, length = mask
+    each, rest = divmod(prod(tokens), max(1, batch))
+    return not rest and (len(tokens) == 1 or tokens[0] == batch) and (each == length or (is_cached and each < length))
 
 
 class TokenIds(ReadsCall):
@@ -152,7 +161,7 @@ class TokenIds(ReadsCall):
             )
         positions = self.padding.positions
         ids = ids if positions is None else positions.cut(ids, 1)
-        if ids.numel() != x.shape[:-1].numel():
+        if ids.numel() != x.shape[:-1].numel() or (x.dim() > 2 and x.shape[0] != ids.shape[0]):
             raise MoecompileError(
                 f"{tuple(ids.shape)} token ids are not those of the {x.shape[:-1].numel()} tokens that reach an MoE "
                 "layer whose experts a hash of them chooses. Use routing.choice=token"

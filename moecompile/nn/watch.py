@@ -16,6 +16,8 @@ from moecompile.nn.padding import DECODER, ENCODER, IDS, Padding, ReadsCall, Tok
 _INVERTED = "src_key_padding_mask"  # of torch's own layers: true where padding is
 _PACKED = ("cu_seq_lens_q", "cu_seqlens")  # ends of the sequences of a pack; what comes after the last is padding
 _WHOLE = (torch.int64, torch.int32)
+CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
+_OF_TOKENS = (IDS, "decoder_input_ids", "inputs_embeds")  # `main_input_name` of models of transformers that read tokens
 
 
 class _Finder:
@@ -26,7 +28,11 @@ class _Finder:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = masks_of(model, args, kwargs) if self.masks else {}
-        self.padding.start(found | (ids_of(model, args, kwargs) if self.ids else {}))
+        given = named_arguments(model, args, kwargs)
+        self.padding.start(
+            found | (ids_of(model, args, kwargs) if self.ids else {}),
+            is_cached=any(given.get(name) is not None for name in CACHES),
+        )
 
 
 class _Warner:
@@ -115,11 +121,13 @@ def connect(model: nn.Module, *wanted: type[ReadsCall], outside: Collection[nn.M
         if isinstance(module, wanted)
     ]
     padding, handles = Padding(), []
-    both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    both = _is_encoder_decoder(model)
     for path, reader in readers:
+        if isinstance(reader, TokenMask) and reads_no_tokens(model, path):
+            continue
         reader.padding = padding
         if isinstance(reader, TokenMask):
-            reader.argument = DECODER if both and "decoder" in path.split(".") else ENCODER
+            reader.argument = argument_of(model, path)
     padding.recomputes = _Recomputes(model)
     kinds = {type(reader) for _, reader in readers}
     for module in model.modules() if readers else ():
@@ -131,6 +139,25 @@ def connect(model: nn.Module, *wanted: type[ReadsCall], outside: Collection[nn.M
             handles.append(module.register_forward_pre_hook(finder, with_kwargs=True))
             handles.append(module.register_forward_hook(_Forgetter(padding), always_call=True))
     return handles
+
+
+def argument_of(model: nn.Module, path: str) -> str:
+    """The argument that has the mask of what is at a path."""
+    return DECODER if _is_encoder_decoder(model) and "decoder" in path.split(".") else ENCODER
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def reads_no_tokens(model: nn.Module, path: str) -> bool:
+    """Whether a path is in a model within `model` that reads something else, such as images: masks are not of it."""
+    owner = model
+    for name in path.split("."):
+        owner = getattr(owner, name, None)  # type: ignore[assignment]
+        if getattr(owner, "main_input_name", IDS) not in _OF_TOKENS:
+            return True
+    return False
 
 
 def _takes(module: nn.Module, *arguments: str) -> bool:

@@ -30,6 +30,7 @@ from moecompile.capture import layers_of
 from moecompile.capture.record import cache_configs, caches
 from moecompile.errors import ConfigError, PassError
 from moecompile.nn.padding import Padding, padding_of
+from moecompile.nn.watch import CACHES
 from moecompile.ops.backend import CALLS, KeptCalls
 from moecompile.passes.base import ModelPass, experts_calls, run_on_model
 from moecompile.plan import BACKEND, BUDGET, EXCHANGE_OPS, LOOKUP_OPS, WAIT_OPS, Plan
@@ -42,7 +43,6 @@ _WITHIN_TP = tuple(getattr(torch.ops.moecompile, name).default for name in ("joi
 _OVER_CP = tuple(getattr(torch.ops.moecompile, name).default for name in ("exchange_dims", "join_positions"))
 _TABLES = (torch.ops.moecompile.read_tables.default, torch.ops.moecompile.to_slots.default)
 CHECKPOINTED = ("none", "full", "keep_exchanges", BUDGET)
-_CACHES = ("past_key_values", "cache_params", "cache", "state")  # names of cache arguments in model forwards
 
 
 def recompute(model: nn.Module, plan: Plan, checkpointing: str) -> None:
@@ -207,7 +207,7 @@ def _without_caches(
             return forward(*args, **kwargs)
         bound = signature.bind_partial(*args, **kwargs)
         named = {**bound.arguments, **bound.kwargs}
-        if name := next((name for name in _CACHES if named.get(name) is not None), None):
+        if name := next((name for name in CACHES if named.get(name) is not None), None):
             raise ConfigError(
                 "checkpointing", checkpointing,
                 f"layers are computed again in backward, and would fill {name} a second time",

@@ -9,19 +9,20 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.nn import Parameter
 
 from moecompile.capture import Example, layers_of
 from moecompile.match.boundaries import tokens_of
 from moecompile.match.ffn import FFNMatch
-from moecompile.match.regions import Captured
+from moecompile.match.regions import Captured, Match, Region
 from moecompile.mesh import Part, axes_that_split
 from moecompile.nn.adapters import output_heads
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.own_router import own_losses
+from moecompile.nn.padding import are_of_mask
 from moecompile.nn.stages import put
-from moecompile.nn.watch import masks_of
+from moecompile.nn.watch import argument_of, masks_of, reads_no_tokens
 from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.kept import KeptLayers, dtype_of_most, kinds_of
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
@@ -50,7 +51,7 @@ def facts_of(
     splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
     of_layers = _layers(model, layers, captured or Captured())
-    config = getattr(model, "config", None)
+    config, masks = getattr(model, "config", None), _masks(model, example)
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
     return ModelFacts(
@@ -62,7 +63,8 @@ def facts_of(
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
         linears=_linears(model),
-        has_padding_mask=_has_padding_mask(model, example),
+        has_padding_mask=bool(masks),
+        unmasked=_unmasked(model, masks, captured or Captured()),
         split=splits,
         no_split=no_split(model),
         matrices=_matrices(model),
@@ -240,12 +242,37 @@ def _apart(model: nn.Module) -> tuple[int, int, int]:
     return sizes[True], sizes[False], wide
 
 
-def _has_padding_mask(model: nn.Module, example: Example | None) -> bool:
+def _masks(model: nn.Module, example: Example | None) -> dict[str, Tensor]:
+    """The padding masks of the example, by argument."""
     if example is None:
-        return False
+        return {}
     if isinstance(example, Mapping):
-        return bool(masks_of(model, (), example))
-    return bool(masks_of(model, example if isinstance(example, tuple) else (example,), {}))
+        return masks_of(model, (), example)
+    return masks_of(model, example if isinstance(example, tuple) else (example,), {})
+
+
+def _unmasked(model: nn.Module, masks: Mapping[str, Tensor], captured: Captured) -> frozenset[str]:
+    """`ModelFacts.unmasked`."""
+    found = set()
+    for path, region in captured.regions.items():
+        mask = masks.get(argument_of(model, path))
+        for fqn, match in region.matches.items():
+            shape = _tokens(region, match)
+            fits = mask is None or mask.dim() != 2 or shape is None or are_of_mask(shape, mask.shape)
+            if not fits or reads_no_tokens(model, path):
+                found.add(fqn)
+    return frozenset(found)
+
+
+def _tokens(region: Region, match: Match) -> tuple[int, ...] | None:
+    """The shape of the tokens that a site gets from the example; None: unknown."""
+    if isinstance(match, FFNMatch):
+        node: fx.Node | None = match.ins[0].x
+    else:
+        inputs = region.graph.graph.find_nodes(op="placeholder")
+        node = next((each for each in inputs if each.target == match.call.arguments[0]), None)
+    shape = None if node is None else node.meta.get("shape")
+    return None if shape is None else tuple(shape[:-1])
 
 
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:

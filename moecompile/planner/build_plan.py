@@ -452,14 +452,16 @@ def draft_plan(sites: Sequence[PlannedSite], config: Config, facts: ModelFacts) 
     check_selections(config, [site.fqn for site in chosen])
     masked = config.data.mask_padding
     has_padding = facts.has_padding_mask or config.data.kind is DataKind.sft  # rows of chats are filled up
+    unmasked = facts.unmasked if masked is MaskPadding.auto else frozenset()
     mask_padding = has_padding if masked is MaskPadding.auto else masked is MaskPadding.always
     known: dict[Hashable, LayerPlan] = {}  # layers that differ in their name alone are planned once
 
     def planned(site: PlannedSite, position: int) -> LayerPlan:  # Step 3
-        key = position if config.per_layer else (stack_of(site.fqn), type(site), *_but_its_name(site))
+        is_masked = mask_padding and site.fqn not in unmasked
+        key = position if config.per_layer else (stack_of(site.fqn), is_masked, type(site), *_but_its_name(site))
         if key not in known:
             layer = _layer(site, layer_settings(config, site.fqn, position, len(chosen)), config, mesh, facts, chosen)
-            known[key] = replace(layer, mask_padding=mask_padding, cut_over=mesh.axes(Part.TOKENS))
+            known[key] = replace(layer, mask_padding=is_masked, cut_over=mesh.axes(Part.TOKENS))
         return known[key] if known[key].site is site else replace(known[key], site=site)
 
     layers = tuple(planned(site, position) for position, site in enumerate(chosen))

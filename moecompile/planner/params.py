@@ -42,20 +42,21 @@ class ModelFacts:
     planned layers are counted. has_head: whether it has its output head, as not every stage has. bytes_per_param: of
     stored weights (4: fp32). causal: whether a token must not see later tokens (None: unknown). frozen: module path
     ("": the model) -> its number of frozen parameters, and of all its parameters; empty if none is frozen.
-    has_padding_mask: whether the example has one. linears: module path -> (d_in, d_out) of its linears, without output
-    heads. adapters: (parameters of the adapters of linears, whether routers are trained), once they are planned; None:
-    there are no adapters. split: what the model's tp_plan names; no_split: why it cannot be used, empty if it can.
-    matrices: name -> shape of trained two-dimensional weights of hidden layers. heads: numbers of heads, by their name
-    in the model's config. attention: of each layer, where mesh.cp asks for it; no_context: why positions cannot be
-    split, empty if they can. d_model: width of the residual stream, by the model's config (0: unknown). kept: what its
-    layers keep for backward; None: unknown. ffn_numbers: where that is unknown, what a dense FFN keeps, numbers per
-    token (0: as the widest of the planned sites, of which a stage may have none). widened: what was done to make it of
-    a model with fewer experts, empty for other models. own_losses: coefficients of the losses of its own routers, by
-    their names in the model's config. apart, apart_frozen: trained and frozen parameters of another dtype than most of
-    these, which FSDP leaves whole on every rank; apart_bytes: per element of them. weights: all others, added up by
-    their dim 0, along which FSDP cuts them; empty if they are unknown. layers: what backward can compute again of each
-    layer; empty for a bare graph. cut: how it can be cut into stages, where mesh.pp asks for it. tables: embedding
-    tables; spread: those whose rows are spread over ranks, which nothing else here counts, once they are planned.
+    has_padding_mask: whether the example has one. unmasked: sites whose tokens are not those of the mask. linears:
+    module path -> (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears,
+    whether routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan
+    names; no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional weights
+    of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer, where
+    mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the residual
+    stream, by the model's config (0: unknown). kept: what its layers keep for backward; None: unknown. ffn_numbers:
+    where that is unknown, what a dense FFN keeps, numbers per token (0: as the widest of the planned sites, of which a
+    stage may have none). widened: what was done to make it of a model with fewer experts, empty for other models.
+    own_losses: coefficients of the losses of its own routers, by their names in the model's config. apart,
+    apart_frozen: trained and frozen parameters of another dtype than most of these, which FSDP leaves whole on every
+    rank; apart_bytes: per element of them. weights: all others, added up by their dim 0, along which FSDP cuts them;
+    empty if they are unknown. layers: what backward can compute again of each layer; empty for a bare graph. cut: how
+    it can be cut into stages, where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread
+    over ranks, which nothing else here counts, once they are planned.
     """
 
     params_total: int
@@ -67,6 +68,7 @@ class ModelFacts:
     causal: bool | None = None
     frozen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_padding_mask: bool = False
+    unmasked: frozenset[str] = frozenset()
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     adapters: tuple[int, bool] | None = None
     split: tuple[SplitFact, ...] = ()

@@ -427,8 +427,10 @@ def _lending_text(lending: Lending) -> str:
 
 
 def _padding_text(layers: Sequence[LayerPlan]) -> str:
-    if all(layer.mask_padding for layer in layers):
-        return "no token: not routed, not counted, in no loss"
+    others = sum(not layer.mask_padding for layer in layers)
+    if others < len(layers):
+        text = f"; {others} of {len(layers)} layers get other tokens than the mask has, and mask none"
+        return "no token: not routed, not counted, in no loss" + text * (others > 0)
     return "not masked: padded tokens are routed like any other (set data.mask_padding)"
 
 

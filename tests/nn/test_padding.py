@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import moecompile
 from moecompile.errors import MoecompileError
@@ -196,7 +197,11 @@ class Wrapped(nn.Module):
             [1, 0, 0, 0, 1, 1, 1, 1],
         ),
         ((), {"cu_seq_lens_q": torch.tensor([0, 3, 5])}, [1, 1, 1, 1, 1, 0, 0, 0]),
-        ((), {"attention_mask": torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])}, [1, 1, 1, 1, 0, 1, 1, 1]),  # with a cache
+        (
+            (),
+            {"attention_mask": torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]]), "past_key_values": object()},
+            [1, 1, 1, 1, 0, 1, 1, 1],
+        ),
         ((torch.ones(2, 1, 4, 4),), {}, None),
         ((), {}, None),
     ],
@@ -215,7 +220,86 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     watch_padding(model)
     with pytest.raises(MoecompileError, match=r"attention_mask \(2, 4\) does not fit the 9 tokens.*mask_padding=never"):
         model(torch.zeros(3, 3, 2), torch.ones(2, 4))
+    for x, mask in (
+        (torch.zeros(2, 4, 3), torch.ones(2, 6)),  # of samples, or of earlier tokens, without a cache
+        (torch.zeros(4, 2, 3), torch.ones(2, 4)),  # sequences first
+        (torch.zeros(2, 4, 3), torch.ones(4, 4)),  # who sees whom
+    ):
+        with pytest.raises(MoecompileError, match=r"does not fit the 8 tokens \((2, 4|4, 2)\)"):
+            model(x, mask)
     assert model(torch.zeros(2, 4, 3)) is None  # a failed forward leaves nothing behind
+
+
+class SequencesFirst(nn.Module):
+    """torch's encoder as it is by default, (S, B, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        out: Tensor = self.encoder(src, src_key_padding_mask=src_key_padding_mask)
+        return out
+
+
+class Causal(nn.Module):
+    """Its mask says who sees whom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.up, self.down = nn.Linear(16, 48), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        x = x + F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), attn_mask=attention_mask)
+        out: Tensor = x + self.down(F.gelu(self.up(x)))
+        return out
+
+
+def images_and_text() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Five patches an image, and as many tokens of text."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    text = LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63, vision_feature_layer=-1)
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 1, 0]])
+    ids = torch.tensor([[63, 63, 63, 63, 5], [63, 63, 63, 63, 0]])
+    return LlavaForConditionalGeneration(config), {
+        "input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 8, 8)
+    }  # fmt: skip
+
+
+def other_tokens(name: str) -> tuple[nn.Module, dict[str, Tensor], list[bool]]:
+    """A model, its example, and which of its layers have the tokens of the mask."""
+    torch.manual_seed(0)
+    if name == "sequences first":
+        padding = torch.zeros(2, 6, dtype=torch.bool)
+        padding[1, 2:] = True
+        return SequencesFirst(), {"src": torch.randn(6, 2, 16), "src_key_padding_mask": padding}, [False]
+    if name == "causal":
+        return Causal(), {"x": torch.randn(2, 6, 16), "attention_mask": torch.ones(6, 6).bool().tril()}, [False]
+    return *images_and_text(), [False, False, True]  # the tower, what follows it, and the language model
+
+
+@pytest.mark.parametrize("name", ["sequences first", "causal", "images"])
+def test_a_mask_of_other_tokens_masks_none(name: str) -> None:
+    """The compiled model is the model before, and not without the FFN of tokens that the mask seemed to have."""
+    model, example, masked = other_tokens(name)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            before = model.eval()(**example)
+            options = ["experts.num_routed=4", "routing.top_k=2"]
+            plan = plan_of(moecompile.compile_model(model, options, example=example))
+            after = model.eval()(**example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert [layer.mask_padding for layer in plan.layers] == masked
+    one, other = (getattr(out, "logits", out) for out in (before, after))
+    real = example["attention_mask"].bool() if name == "images" else torch.ones(other.shape[:2]).bool()
+    torch.testing.assert_close(other[real], one[real], rtol=0, atol=1e-5)
 
 
 def test_copies_have_masks_of_their_own() -> None:
