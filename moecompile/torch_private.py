@@ -137,7 +137,7 @@ def compile_whole(module: nn.Module) -> None:
     import torch._dynamo  # here, because it loads sympy
 
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    module.forward = torch.compile(module.forward, fullgraph=True)  # type: ignore[method-assign]
+    module.forward = torch.compile(module.forward, fullgraph=True)
 
 
 class _AtEnd(torch.autograd.Function):

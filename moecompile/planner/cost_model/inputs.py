@@ -414,11 +414,11 @@ def _with_rows(software: Software, plan: Plan, machine: Machine) -> Software:
     return replace(software, row_bits=both / counted - 16, packing=2 * PACKING_BYTES if is_narrow else 0.0)
 
 
-def _numbers(config: Config, weight_bytes: int) -> dict[str, int]:
-    """Bytes of the numbers of a run on GPUs: of `Software`."""
+def _numbers(config: Config, weight_bytes: int) -> tuple[int, int]:
+    """`Software.number_bytes` and `wide_bytes` of a run on GPUs."""
     precision = config.trainer.precision
     wide = 2 if precision is Precision.bf16_params else weight_bytes
-    return {"number_bytes": 2 if precision is Precision.bf16_mixed else wide, "wide_bytes": wide}
+    return 2 if precision is Precision.bf16_mixed else wide, wide
 
 
 def _over_tp(plan: Plan) -> frozenset[str] | None:
@@ -482,16 +482,16 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config, *, described: bool 
     own = config.stack.dispatcher is None and not config.stack.overlap
     # The plan's nodes are its link domains: ranks of one node are connected by the fast links.
     machine = replace(machine_of(config.hardware), domain=mesh.ranks_per_node)
-    numbers = _numbers(config, shape.weight_bytes)
+    number, wide = _numbers(config, shape.weight_bytes)
     # A CPU's bytes are scaled by `bits`, and a described layout has the numbers of its own software.
     as_planned = machine.host is None and not (described or is_described(workload))
     software = software_of(
-        config.stack, bits=32 if config.trainer.precision is Precision.fp32 and numbers["number_bytes"] == 4 else 16,
+        config.stack, bits=32 if config.trainer.precision is Precision.fp32 and number == FP32_BYTES else 16,
         dispatcher="flat" if kind == "local" else kind, recompute=REPEATED[checkpointing_of(config, plan)],
         moment_bits=_moment_bits(config.optimizer, shape.weight_bytes if as_planned else FP32_BYTES),
     )  # fmt: skip
     if as_planned:
-        software = replace(software, **numbers)
+        software = replace(software, number_bytes=number, wide_bytes=wide)
     if plan.pipeline is not None:
         paired = plan.pipeline.paired(layout.num_micro) if own else 0.0
         software = replace(software, schedule=plan.pipeline.schedule, paired=paired)
