@@ -231,7 +231,7 @@ def text_config_of(config: Any) -> Any:
 def _larger(
     model: nn.Module, sites: Sequence[ExpertsSite], copies: Mapping[str, list[int]], factor: int, more_top_k: int
 ) -> nn.Module:
-    """The larger model with the copied weights, in the same mode and precision."""
+    """The larger model with the copied weights, in the same mode and precision; what was frozen stays so."""
     config = copy.deepcopy(model.config)
     text = text_config_of(config)
     _multiply(text, NUM_EXPERTS, sites[0].num_experts, factor)
@@ -246,6 +246,7 @@ def _larger(
     for name, tensor in _tensors(wide):
         tensor.data = tensor.data.to(old[name].dtype) if name in old else tensor.data
         _fill(name, tensor, old.get(name), _rows(name, copies))
+        tensor.requires_grad_(old[name].requires_grad)
     for path, module in wide.named_modules():
         module.training = model.get_submodule(path).training
     if hasattr(model, "generation_config"):

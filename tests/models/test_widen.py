@@ -173,6 +173,15 @@ def test_a_bias_with_experts_in_another_dim_is_copied_too() -> None:
     assert torch.equal(copied, bias.repeat_interleave(2, 1))
 
 
+def test_frozen_weights_stay_frozen() -> None:
+    model = moe_model("mixtral")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.experts.down_proj.requires_grad_(False)
+    wide = widen_experts(model, 2, example=EXAMPLE, noise=0.01).model
+    frozen = {name for name, parameter in wide.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
