@@ -271,7 +271,7 @@ def _trace(
             reasons[ffn.fqn] = miss_reasons.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     in_order = dict(sorted(by_fqn.items(), key=lambda entry: order[entry[1].down.node]))
-    return Region(path=path, graph=graph_module, module=module, matches=in_order)
+    return Region(path=path, graph=graph_module, module=module, matches=in_order, runs=recording.runs[path])
 
 
 def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, ffns: Collection[RecordedFFN]) -> str | None:
