@@ -408,6 +408,27 @@ def test_a_module_with_two_names_is_replaced_under_both() -> None:
     assert max_diff(model(tokens()), wanted) <= 1e-5
 
 
+class Repeated(nn.Module):
+    """One FFN that runs several times, as in ALBERT."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.ffn, self.times = Gated(), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = x + self.ffn(x)
+        return x
+
+
+def test_what_is_counted_once_of_a_layer_that_runs_several_times_is_said() -> None:
+    note = "ffn runs 3 times in one forward: rows, memory and seconds are planned for one run"
+    losses = f"{note}, and balance losses are those of the last"
+    for times, balance, wanted in ((3, "aux", [losses]), (3, "none", [note]), (1, "aux", [])):
+        compiled = compile_with_report(Repeated(times), [*COPY4, f"balance={balance}"], example=tokens())
+        assert [said for said in compiled.notes if "one forward" in said] == wanted
+
+
 def test_hooks_of_a_region_stay_and_their_handles_work() -> None:
     model, calls = TinyGPT(layers=1), []
     mlp_module = model.blocks[0].mlp

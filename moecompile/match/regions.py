@@ -39,12 +39,14 @@ class Region:
         graph: as captured, or as the last pass returned it.
         module: the original module.
         matches: site -> its match in the captured graph, in graph order.
+        runs: how often the module ran in the recorded forward.
     """
 
     path: str
     graph: fx.GraphModule
     module: nn.Module
     matches: Mapping[str, Match]
+    runs: int = 1
 
     def with_graph(self, graph: fx.GraphModule) -> Region:
         """The same region, changed by a pass."""

@@ -57,7 +57,7 @@ from moecompile.match.experts import (
     structure,
 )
 from moecompile.match.ffn import FFNMatch, find_ffns
-from moecompile.match.linears import GraphView, common_owner
+from moecompile.match.linears import GraphView, common_owner, is_attribute
 from moecompile.match.regions import Captured, Region, Site
 from moecompile.nn.existing import correction_bias
 from moecompile.plan import ExpertsSite, FFNSite
@@ -271,7 +271,7 @@ def _trace(
             reasons[ffn.fqn] = miss_reasons.get(weight, f"in its region {path or 'the model'} it is no FFN any more")
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     in_order = dict(sorted(by_fqn.items(), key=lambda entry: order[entry[1].down.node]))
-    return Region(path=path, graph=graph_module, module=module, matches=in_order)
+    return Region(path=path, graph=graph_module, module=module, matches=in_order, runs=recording.runs[path])
 
 
 def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, ffns: Collection[RecordedFFN]) -> str | None:
@@ -447,7 +447,19 @@ def _traced_ffn(expert: nn.Module, rows: Tensor) -> tuple[fx.GraphModule, FFNMat
     if len(matches) != 1:
         reason = "".join(f": {miss.reason}" for miss in misses[:1])
         return f"one of its experts holds {len(matches)} FFNs, one is supported{reason}"
+    if between := _weights_between(expert, matches[0]):
+        return f"its experts have weights between their linears ({between[0]}), for which a stack has no rows"
     return graph_module, matches[0]
+
+
+def _weights_between(expert: nn.Module, ffn: FFNMatch) -> list[str]:
+    """Parameters and buffers of the expert that its activation reads. A stack has one activation for all experts, and a
+    folder's weights no place in it, so they are refused even where all experts share them.
+    """
+    read = {str(node.target) for between in ffn.pointwise for node in between.all_input_nodes if is_attribute(node)}
+    called = tuple(f"{node.target}." for node in ffn.pointwise if node.op == "call_module")
+    tensors = (*expert.named_parameters(remove_duplicate=False), *expert.named_buffers(remove_duplicate=False))
+    return [name for name, _ in tensors if name in read or name.startswith(called)]
 
 
 def _arguments(module: nn.Module, call: ModuleCall) -> Mapping[str, object]:

@@ -10,6 +10,9 @@ grows to m k, a token chooses all copies of its k experts, and the weights of th
     softmax over the chosen     each copy gets 1 / m of the weight
     sigmoid, normalised         the same; not normalised, the sum is m times as large
 
+A correction bias b is added to the scores that experts are chosen by. Sigmoids of copies stay, and so does b; beside a
+softmax it becomes b / m, since p / m + b / m ranks experts like p + b.
+
 With top-k kept, equal logits tie, and a token may get copies of one expert instead of two experts; with one expert per
 token, whose score is a sigmoid, any copy does the same. Groups scored by the sum of their two best experts may be
 ranked differently. Both are not promised to be equal, and neither are copies by load, where experts have different
@@ -40,6 +43,7 @@ from moecompile.arguments import check_example, check_model
 from moecompile.capture import Example, call_with, in_mode, is_meta
 from moecompile.errors import ArgumentError, ConfigError
 from moecompile.match.experts import ExpertsMatch
+from moecompile.nn.existing import CORRECTION_BIAS
 from moecompile.nn.scaled_input import standard_calls
 from moecompile.pipeline.captured import capture_planned
 from moecompile.pipeline.facts import WIDENED
@@ -231,7 +235,7 @@ def text_config_of(config: Any) -> Any:
 def _larger(
     model: nn.Module, sites: Sequence[ExpertsSite], copies: Mapping[str, list[int]], factor: int, more_top_k: int
 ) -> nn.Module:
-    """The larger model with the copied weights, in the same mode and precision."""
+    """The larger model with the copied weights, in the same mode and precision; what was frozen stays so."""
     config = copy.deepcopy(model.config)
     text = text_config_of(config)
     _multiply(text, NUM_EXPERTS, sites[0].num_experts, factor)
@@ -243,9 +247,13 @@ def _larger(
     wide.to_empty(device=first.device)
     wide.tie_weights()  # type: ignore[operator]
     old = dict(_tensors(model))
+    of_softmax = {site.fqn: copies[site.fqn] for site in sites if site.score == "softmax"}
     for name, tensor in _tensors(wide):
         tensor.data = tensor.data.to(old[name].dtype) if name in old else tensor.data
         _fill(name, tensor, old.get(name), _rows(name, copies))
+        if name.rpartition(".")[2] == CORRECTION_BIAS and _rows(name, of_softmax):
+            tensor.data /= factor  # as the scores beside it
+        tensor.requires_grad_(old[name].requires_grad)
     for path, module in wide.named_modules():
         module.training = model.get_submodule(path).training
     if hasattr(model, "generation_config"):

@@ -15,6 +15,9 @@ from moecompile.nn.experts import RowExperts
 from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
 
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Name of a router's correction bias in transformers."""
+
 
 class ExistingExperts(RowExperts):
     """Stacked experts without parameters: the weights belong to the parent module, which passes them at every call.
@@ -150,7 +153,7 @@ def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
             experts = path.rpartition(".")[0]
             bias = correction_bias(model.get_submodule(experts.rpartition(".")[0]), meter.num_experts)
             if bias is None:
-                raise MoecompileError(f"{experts}: the router's buffer e_score_correction_bias is gone")
+                raise MoecompileError(f"{experts}: the router's buffer {CORRECTION_BIAS} is gone")
             biases.append((meter, bias))
     return biases
 
@@ -175,6 +178,6 @@ def without_parameters(module: nn.Module) -> nn.Module:
 def correction_bias(block: nn.Module, num_experts: int) -> Tensor | None:
     """The correction bias (E,) of the router in an MoE block, by its name in transformers; None if there is none."""
     for name, buffer in block.named_buffers():
-        if name.rpartition(".")[2] == "e_score_correction_bias" and buffer.numel() == num_experts:
+        if name.rpartition(".")[2] == CORRECTION_BIAS and buffer.numel() == num_experts:
             return buffer
     return None

@@ -40,7 +40,7 @@ from moecompile.passes.run import (
 from moecompile.passes.same_weights import check_same_weights
 from moecompile.passes.shard import device_mesh_of
 from moecompile.passes.trained import frozen_notes, trained_notes
-from moecompile.pipeline.captured import capture_planned, planning_facts
+from moecompile.pipeline.captured import capture_planned, planning_facts, repeated_notes
 from moecompile.pipeline.facts import facts_of
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, PlannedSite, check_sites
@@ -223,7 +223,7 @@ def _compiled(
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
     done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
     done.notes = [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
-    done.notes += table_notes(facts, config)
+    done.notes += [*table_notes(facts, config), *repeated_notes(captured, plan)]
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
     rewritten = run_passes(on_one_device(config.seed), regions, layers, log)

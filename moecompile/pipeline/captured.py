@@ -56,6 +56,20 @@ def capture_planned(
     return captured
 
 
+def repeated_notes(captured: Captured, plan: Plan) -> list[str]:
+    """What is counted once of layers whose dense FFN runs several times in a forward (ALBERT), for the user."""
+    notes = []
+    for layer in plan.layers:
+        path = captured.region_of[layer.site.fqn]
+        if (runs := captured.regions[path].runs) > 1:
+            losses = ", and balance losses are those of the last" if layer.balance.losses else ""
+            notes.append(
+                f"{path or 'the model'} runs {runs} times in one forward: rows, memory and seconds are planned for one "
+                f"run{losses}"
+            )
+    return list(dict.fromkeys(notes))
+
+
 def _find_tables(captured: Captured, recording: Recording, config: Config, plan: Plan | None) -> None:
     """The embedding tables of a model, and the traced modules that read those that are to be spread."""
     planned = None if plan is None else {each.weight for each in plan.lookups}

@@ -362,6 +362,37 @@ class LearnedActivation(Stack):
         self.act_fn = nn.PReLU()
 
 
+class Own(nn.Module):
+    """An expert that is a module of its own; `between` is between its linears."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.up, self.between, self.down = nn.Linear(8, 6), between, nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(F.silu(self.up(x))))
+
+
+class OwnExperts(nn.ModuleList):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        chosen = [(weights * (ids == e)).sum(1, keepdim=True) * expert(x) for e, expert in enumerate(self)]
+        return torch.stack(chosen).sum(0)
+
+
+class Times(nn.Module):
+    """One number, or one for each hidden unit, learned or not."""
+
+    def __init__(self, size: int, *, learned: bool = True) -> None:
+        super().__init__()
+        if learned:
+            self.scale = nn.Parameter(torch.ones(size))
+        else:
+            self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 class Block(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -409,6 +440,32 @@ def test_what_is_not_understood_is_refused_with_the_reason(kind: type[nn.Module]
     assert [(site.fqn, site.kind, site.status, site.reason) for site in compiled.sites] == [
         ("experts", "experts", "not_matched", REFUSED[kind])
     ]
+
+
+WITH_WEIGHTS: list[list[nn.Module]] = [
+    [Times(6) for _ in range(4)],
+    [Times(1) for _ in range(4)],
+    [Times(1, learned=False) for _ in range(4)],
+    [nn.LayerNorm(6)] * 4,
+]
+
+
+@pytest.mark.parametrize("between", WITH_WEIGHTS, ids=["each", "scalars", "buffers", "shared"])
+def test_weights_inside_an_experts_activation_are_not_merged_into_one(between: list[nn.Module]) -> None:
+    """One activation is for all rows of a stack: it would hold those of the first expert."""
+    ((name, _), *_) = between[0].state_dict().items()
+    rule = re.escape(f"its experts have weights between their linears (between.{name}), for which a stack has no rows")
+    with pytest.raises(ConfigError, match=f"cannot be rewritten: {rule}"):
+        make_plan(Block(OwnExperts(map(Own, between))), [], example=X)
+
+
+def test_experts_without_such_weights_are_stacked() -> None:
+    torch.manual_seed(0)
+    model = Block(OwnExperts(Own(nn.GELU()) for _ in range(4)))
+    wanted = model(X)
+    compiled = compile_with_report(model, [], example=X)
+    assert [layer.site.fqn for layer in compiled.plan.layers] == ["experts"]
+    assert max_diff(compiled.model(X), wanted) <= 1e-6
 
 
 def test_on_the_meta_device_only_declared_layouts_are_taken() -> None:

@@ -156,21 +156,52 @@ def test_plain_transformers_loads_it_and_the_plan_counts_its_experts(tmp_path: P
     assert plans[1].estimate.params_total - plans[0].estimate.params_total == stack
 
 
-def test_a_bias_with_experts_in_another_dim_is_copied_too() -> None:
+def ernie() -> nn.Module:
+    """Its correction bias is a parameter (1, E) beside a softmax."""
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
     config = Ernie4_5_MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1,
+        num_attention_heads=4, num_key_value_heads=2, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1,
     )  # fmt: skip
-    model = Ernie4_5_MoeForCausalLM._from_config(config, experts_implementation="eager").eval()
-    bias = model.model.layers[1].mlp.gate.moe_statics.e_score_correction_bias
+    torch.manual_seed(0)
+    return Ernie4_5_MoeForCausalLM._from_config(config, experts_implementation="eager").eval()
+
+
+def biases_of(model: nn.Module) -> dict[str, Tensor]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors if name.endswith("e_score_correction_bias")}
+
+
+@pytest.mark.parametrize("std", [0.001, 0.03, 0.3])
+@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+def test_a_correction_bias_chooses_the_same_experts(family: str, std: float) -> None:
+    """On 1024 tokens that were not compared: a bias that weighs more than before changes the experts of some."""
+    model = ernie() if family == "softmax" else moe_model("deepseek_v3", **UNGROUPED)
+    generator = torch.Generator().manual_seed(1)
+    for bias in biases_of(model).values():
+        bias.copy_(torch.randn(bias.shape, generator=generator) * std)
+    tokens = torch.randint(1, 64, (64, 16), generator=generator)
     with torch.no_grad():
-        bias.copy_(torch.tensor([[0.0, 0.3, -0.2, 0.1]]))
-    wide = widen_experts(model, 2, example=EXAMPLE)
-    assert wide.reason is None and wide.model.config.moe_k == 4
-    copied = wide.model.model.layers[1].mlp.gate.moe_statics.e_score_correction_bias
-    assert torch.equal(copied, bias.repeat_interleave(2, 1))
+        before = model(tokens).logits
+    for factor, top_k in ((2, "scaled"), (3, "scaled"), (2, "kept")):
+        wide = widen_experts(model, factor, example=EXAMPLE, top_k=top_k)
+        copied, share = biases_of(wide.model), factor if family == "softmax" else 1
+        for name, bias in biases_of(model).items():
+            assert torch.equal(copied[name], bias.repeat_interleave(factor, -1) / share)
+        if top_k == "scaled":
+            assert wide.reason is None
+            with torch.no_grad():
+                assert float((wide.model(tokens).logits - before).abs().max()) <= 1e-5
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = moe_model("mixtral")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.experts.down_proj.requires_grad_(False)
+    wide = widen_experts(model, 2, example=EXAMPLE, noise=0.01).model
+    frozen = {name for name, parameter in wide.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj"}
 
 
 @pytest.mark.parametrize(
