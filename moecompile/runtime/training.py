@@ -42,6 +42,7 @@ from moecompile.runtime.routes import routes_observer
 from moecompile.runtime.samples import ANSWER, ROWS, Samples
 from moecompile.runtime.saving import Saver, starting_point
 from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.weight_groups import for_dense
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 # -- a run takes its directory when its first new step is computed; until then nothing is touched -------------------
@@ -317,7 +318,8 @@ def train_dense(
 ) -> Outcome:
     """Trains `model` with a plan like another one, without layers: same ranks, data and optimizer; saves no checkpoint.
 
-    All ranks call it with the same newly built model.
+    What `optimizer.groups` and `routing.replay` say of experts and routers is left out. All ranks call it with the same
+    newly built model.
     """
     mesh = like.mesh
     plan = Plan(
@@ -326,4 +328,6 @@ def train_dense(
     )  # fmt: skip
     dense = compile_model(model, config, example=example, plan=plan)
     unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
-    return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / BASELINE)
+    routing = dataclasses.replace(config.routing, replay=None)
+    config = dataclasses.replace(config, optimizer=for_dense(dense, config.optimizer), routing=routing, trainer=unsaved)
+    return train(dense, plan, config, data, run_dir / BASELINE)

@@ -16,11 +16,15 @@ from torch.nn import functional as F
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.models.build import build_model
+from moecompile.mesh import MeshSpec
+from moecompile.models.build import build_model, example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn import Experts
+from moecompile.plan import Plan
 from moecompile.report.baseline import verdict
-from moecompile.runtime.data import load_data, train_loader, val_loader
+from moecompile.runtime import training
+from moecompile.runtime.data import TextData, load_data, train_loader, val_loader
+from moecompile.schema import Config
 from moecompile.tasks import job
 from moecompile.tasks.ranks import train
 from tests.distributed.harness import run_distributed_test
@@ -123,6 +127,37 @@ def test_without_flops_there_is_no_run_of_equal_flops(monkeypatch: pytest.Monkey
         "trainer.baseline=dense_flops: the model cannot be copied without values, by which FLOPs are counted. Use "
         "trainer.baseline=dense."
     )
+
+
+def test_settings_for_experts_and_routers_are_left_out_of_the_dense_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    groups = "optimizer.groups=[{match: '*experts*', kind: muon}, {match: '*norm*'}, {match: '*q_proj*', lr_scale: 2}]"
+    config = compose_config([*LLAMA, "trainer.baseline=dense", "optimizer=muon", groups, "routing.replay=record"])
+    seen: list[Config] = []
+    monkeypatch.setattr(training, "train", lambda model, plan, config, data, folder: seen.append(config))
+    model, data = build_model(config.model, config.seed), TextData(*[Any] * 3)  # type: ignore[arg-type]
+    like = Plan(mesh=MeshSpec(), layers=(), reductions=())
+    assert train._refused(config, model) is None
+    training.train_dense(model, like, config, data, tmp_path, example=example_inputs(model, 32))
+    assert seen[0].routing.replay is None
+    assert [group.match for group in seen[0].optimizer.groups] == ["*norm*", "*q_proj*"]
+    assert len(config.optimizer.groups) == 3 and config.routing.replay == "record"
+
+
+def test_a_dense_model_that_cannot_be_trained_is_refused_before_the_first_step() -> None:
+    """Experts have the only matrices that Muon would step."""
+    groups = "optimizer.groups=[{match: '*experts*'}, {match: '*_proj.weight', kind: adamw}]"
+    config = compose_config([*LLAMA, "trainer.baseline=dense", "optimizer=muon", groups])
+    model = build_model(config.model, config.seed)
+    with pytest.raises(ConfigError) as caught:
+        train._check_baseline(config, Plan(mesh=MeshSpec(), layers=(), reductions=()), train._refused(config, model))
+    assert str(caught.value) == (
+        "trainer.baseline=dense: the dense model cannot be trained: optimizer.kind=muon: no matrix of a hidden layer is "
+        "trained with it. Use trainer.baseline=none, or change that."
+    )
+    model.requires_grad_(False)
+    assert "no weight is trained" in str(train._refused(config, model))
 
 
 @pytest.mark.slow
