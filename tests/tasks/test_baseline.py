@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from moecompile.checkpoint import folders
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
@@ -22,12 +26,14 @@ from moecompile.models.source import source_model
 from moecompile.nn import Experts
 from moecompile.plan import Plan
 from moecompile.report.baseline import verdict
+from moecompile.report.page.read import metric_rows
 from moecompile.runtime import training
 from moecompile.runtime.data import TextData, load_data, train_loader, val_loader
 from moecompile.schema import Config
 from moecompile.tasks import job
 from moecompile.tasks.ranks import train
 from tests.distributed.harness import run_distributed_test
+from tests.forked import Program, python
 from tests.tasks.test_train import moecompile, result_of
 from tests.tiny import SHORT
 
@@ -107,6 +113,61 @@ def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_baseline_that_was_ended_goes_on(tmp_path: Path) -> None:
+    """The next attempt trains no step of the MoE, and of the dense model those that are missing: to the same loss."""
+    words = [*LLAMA, "mesh=cpu_1", "trainer.baseline=dense", "trainer.max_steps=60", "trainer.log_interval=1"]
+    words = ["-m", "moecompile", *words, "trainer.calibrate=never", "trainer.progress_bar=true"]
+    whole = python(*words, "hydra.run.dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = Program(*words, "hydra.run.dir=out", cwd=tmp_path, merged=True)
+    for line in process.stdout:
+        if line.startswith("baseline:"):
+            break
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            os.kill(process.pid, signal.SIGUSR1)
+            break
+    said, _ = process.communicate(120)
+    checkpoints = tmp_path / "out" / "baseline" / "checkpoints"
+    (step,) = folders.steps(checkpoints)
+    assert 2 <= step < 60 and f"ended by SIGUSR1: step {step} is saved" in said
+    again = python(*words, "hydra.run.dir=out", "trainer.resume=auto", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {step} of " in again.stdout and not checkpoints.exists()
+    results = [result_of(tmp_path / name) for name in ("whole", "out")]
+    for name in ("steps", "loss_first", "loss_last", "val_loss_first", "val_loss"):
+        wanted, got = (result["baseline"][name] for result in results)
+        assert got == pytest.approx(wanted, rel=1e-6), name
+    rows = [metric_rows(tmp_path / name / "baseline") for name in ("whole", "out")]
+    steps = [[row["step"] for row in each if "loss" in row] for each in rows]
+    assert steps[0] == steps[1] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("saved", "overrides", "goes_on"),
+    [
+        (3, ["trainer.resume=auto"], True),
+        (5, ["trainer.resume=auto"], False),  # of dense_flops, with fewer experts now
+        (3, [], False),  # another run's
+        (None, ["trainer.resume=auto"], False),
+    ],
+)
+def test_a_dense_model_goes_on_from_an_attempt_of_its_run(
+    saved: int | None, overrides: list[str], goes_on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    if saved is not None:
+        folder = folders.step_folder(folders.checkpoints_of(tmp_path / "baseline"), saved)
+        folder.mkdir(parents=True)
+        (folder / folders.STATE).touch()
+        monkeypatch.setattr(training, "read_state", lambda _: SimpleNamespace(step=saved))
+    config = compose_config([*LLAMA, *overrides])
+    assert training._goes_on(config, tmp_path, tmp_path / "baseline") is goes_on
+    assert folders.checkpoints_of(tmp_path / "baseline").exists() is goes_on
+
+
+@pytest.mark.slow
 def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     mixtral = ["model.architecture=mixtral", "+model.config.num_local_experts=4"]
     run = moecompile([*LLAMA, *mixtral, "trainer.baseline=dense"], tmp_path)
@@ -136,6 +197,8 @@ def test_settings_for_experts_and_routers_are_left_out_of_the_dense_model(
     config = compose_config([*LLAMA, "trainer.baseline=dense", "optimizer=muon", groups, "routing.replay=record"])
     seen: list[Config] = []
     monkeypatch.setattr(training, "train", lambda model, plan, config, data, folder: seen.append(config))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     model, data = build_model(config.model, config.seed), TextData(*[Any] * 3)  # type: ignore[arg-type]
     like = Plan(mesh=MeshSpec(), layers=(), reductions=())
     assert train._refused(config, model) is None
