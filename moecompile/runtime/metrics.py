@@ -25,9 +25,9 @@ class Metrics(Callback):
 
     loss: mean over all tokens of the steps since the last row, nats per token, without auxiliary losses. `aux/KIND`:
     the same mean of an auxiliary loss, times its coefficient. tokens_per_second: tokens with a target on all ranks,
-    since the last row. learning_rate: of the first group of weights in the last step. max_violation: the worst layer's
-    MaxVio in the last step; max_violation_bound: the most that it could be. Columns with a module path have values of
-    one layer in the last step.
+    since the last row, or since the run went on. learning_rate: of the first group of weights in the last step.
+    max_violation: the worst layer's MaxVio in the last step; max_violation_bound: the most that it could be. Columns
+    with a module path have values of one layer in the last step.
 
     Args:
         log_interval, max_steps: optimizer steps between rows, and of the run.
@@ -147,8 +147,7 @@ class RunTotals:
     """The metrics of a run, which a resumed run continues.
 
     loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
-    last step of a row; max_violation_bound_last: the most that it could be. tokens_per_second: without the first row,
-    which includes the warm-up. None: not measured.
+    last step of a row; max_violation_bound_last: the most that it could be. None: not measured.
     """
 
     def __init__(self) -> None:
@@ -158,9 +157,10 @@ class RunTotals:
         self.loss_last: float | None = None
         self.max_violation_last: float | None = None
         self.max_violation_bound_last: float | None = None
-        self.tokens_per_second: float | None = None
         self._last_used: dict[str, Tensor] = {}  # layer -> number of the last step in which each expert had a token
         self._timed_tokens, self._timed_seconds = 0, 0.0
+        self._is_warm = False  # whether this process has ended a row
+        self._restored_tokens = 0.0  # of the row, from before this process
 
     def end_step(self, loads: Sequence[LayerLoad], *, skipped: bool) -> None:
         """Ends an optimizer step; a skipped step is only counted."""
@@ -185,17 +185,28 @@ class RunTotals:
         dead = {name: (used <= self.steps.count - window).nonzero() for name, used in self._last_used.items()}
         return {name: experts.flatten().tolist() for name, experts in dead.items() if len(experts)}
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the whole run, without the first row of each process, which includes the warm-up; None: not measured."""
+        return self._timed_tokens / self._timed_seconds if self._timed_seconds else None
+
     def end_row(self, loss: float, num_tokens: float, seconds: float) -> dict[str, float]:
-        """Ends a row and returns its columns. loss: sum over `num_tokens` tokens, 0 if all steps were skipped."""
-        row = {"tokens_per_second": num_tokens / seconds}
+        """Ends a row and returns its columns.
+
+        Args:
+            loss: sum over `num_tokens` tokens, 0 if all steps were skipped. seconds: of this process.
+        """
+        timed, self._restored_tokens = num_tokens - self._restored_tokens, 0.0
+        row = {"tokens_per_second": timed / seconds}
         if num_tokens:
             row["loss"] = self.loss_last = loss / num_tokens
             if self.loss_first is None:
                 self.loss_first = self.loss_last
-            else:
-                self._timed_tokens += int(num_tokens)
+        if timed:
+            if self._is_warm:
+                self._timed_tokens += int(timed)
                 self._timed_seconds += seconds
-                self.tokens_per_second = self._timed_tokens / self._timed_seconds
+            self._is_warm = True
         if self.steps_skipped:
             row["steps_skipped"] = float(self.steps_skipped)
         return row
@@ -215,6 +226,7 @@ class RunTotals:
             "max_violation_bound_last": self.max_violation_bound_last,
             "last_used": {name: used.tolist() for name, used in self._last_used.items()},
             "steps_skipped": self.steps_skipped,
+            "timed": [self._timed_tokens, self._timed_seconds],
             "num_steps": self.steps.count,
             "steps": self.steps.last_tenth(),
         }
@@ -227,6 +239,8 @@ class RunTotals:
         self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
         self.max_violation_bound_last = state.get("max_violation_bound_last")  # not in checkpoints of 0.2.0
         self._last_used = {name: torch.tensor(used) for name, used in state.get("last_used", {}).items()}
+        self._timed_tokens, self._timed_seconds = state.get("timed", (0, 0.0))  # nor this
+        self._restored_tokens = state["sums"][1] if state["sums"] is not None else 0.0
 
 
 _FEW = 10

@@ -52,9 +52,9 @@ class RoutesFile:
 def create(
     folder: Path, layers: Sequence[ReplayLayer], data: Mapping[str, Any], *, steps: int, sequences: int, tokens: int,
     is_first_rank: bool = True,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Writes a folder without records, or leaves one of the same shape and data as it is. All ranks call it, so that
-    all of them refuse.
+    all of them refuse. Returns whether this rank has written it.
 
     Args:
         data: what decides which tokens come in which order, as plain values. is_first_rank: whether this rank writes.
@@ -73,9 +73,9 @@ def create(
                 f"{folder} has routes of another run",
                 "Move it away, or use another run_dir",
             )
-        return
+        return False
     if not is_first_rank:
-        return
+        return False
     folder.mkdir(parents=True, exist_ok=True)
     width = max(layer.top_k for layer in layers)
     dtype = np.uint8 if max(layer.num_experts for layer in layers) < np.iinfo(np.uint8).max else np.uint16
@@ -86,6 +86,7 @@ def create(
     ids.flush()
     text = yaml.safe_dump({**head, "data": dict(data)}, sort_keys=False)
     (folder / _HEAD).write_text(text, encoding="utf-8")  # last: the folder is whole
+    return True
 
 
 def open_routes(folder: Path, *, writable: bool = False) -> RoutesFile:
@@ -205,18 +206,19 @@ def routes_observer(
         raise ConfigError("routing.replay", wanted, "the model has no router", "Use routing.replay=null")
     size = {"steps": config.trainer.max_steps, "sequences": data.global_batch_size, "tokens": data.seq_len}
     order = data_settings(config, known)
+    is_first, is_new = dist.get_rank() == 0, False
     if wanted == RECORD:
         folder = (run_dir if (run_dir / FOLDER).is_dir() else output_dir(run_dir)) / FOLDER
-        create(folder, layers, order, **size, is_first_rank=dist.get_rank() == 0)
+        is_new = create(folder, layers, order, **size, is_first_rank=is_first)
         dist.barrier()
     else:
         folder = _folder(Path(wanted))
     routes = open_routes(folder, writable=wanted == RECORD)
     check_fits(routes, folder, layers, **size)
-    if not check_data(routes, folder, order) and dist.get_rank() == 0:
+    if not check_data(routes, folder, order) and is_first:
         print(f"{folder} is of an earlier version: not compared: the data of these routes, and their order", flush=True)
     where = _Place(rank * accumulate * data.micro_batch_size, data.micro_batch_size, accumulate, first_step)
-    return _Recorder(routes, where) if wanted == RECORD else _Replayer(routes, where)
+    return _Recorder(routes, where, forgets=is_first and not is_new) if wanted == RECORD else _Replayer(routes, where)
 
 
 def _folder(path: Path) -> Path:
@@ -238,10 +240,15 @@ class _Place:
 
 
 class _Recorder(StepObserver):
-    """Writes this rank's part after each step. A step that is run again overwrites its routes."""
+    """Writes this rank's part after each step.
 
-    def __init__(self, routes: RoutesFile, place: _Place) -> None:
-        self.routes, self.place = routes, place
+    Args:
+        forgets: whether this rank removes what a run before has left of this run's steps, before any rank writes.
+    """
+
+    def __init__(self, routes: RoutesFile, place: _Place, *, forgets: bool) -> None:
+        self.routes, self.place, self._forgets = routes, place, forgets
+        self._has_begun = False
         self._stack = ExitStack()
         self._recorded: Routes | None = None
         self._unwritten: list[tuple[tuple[Any, ...], np.ndarray]] = []
@@ -262,13 +269,26 @@ class _Recorder(StepObserver):
 
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Writes the step: before the first one has ended, the folder may be that of a run before."""
+        self._begin()
         for where, ids in self._unwritten:
             self.routes.ids[where] = ids
         self._unwritten.clear()
 
     def ended(self, module: LanguageModule) -> None:
-        """Everything is on disk."""
+        """Everything is on disk; a callback may have ended the run before a step."""
+        self._begin()
         self.routes.ids.flush()
+
+    def _begin(self) -> None:
+        """Steps that this run may not reach have no routes of another one."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        if self._forgets:
+            for step in range(self.place.first_step, len(self.routes.ids)):
+                self.routes.ids[step] = self.routes.unknown
+            self.routes.ids.flush()
+        dist.barrier()
 
     def _stored(self, ids: Tensor) -> np.ndarray:
         return ids.masked_fill(ids < 0, self.routes.unknown).cpu().numpy().astype(self.routes.ids.dtype)

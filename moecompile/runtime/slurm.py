@@ -6,7 +6,7 @@ Algorithm:
 2. `launcher.signal_s` before the time limit SLURM sends SIGUSR1 to all ranks. SIGTERM comes at the limit, for a job
    that is preferred, and by scancel. All ranks finish the step and save (runtime/signals.py).
 3. Rank 0, after all others have ended, asks SLURM for the job's state, and requeues it: unless it was cancelled, SLURM
-   has requeued it, or this attempt finished no step, which the next one would not either.
+   has requeued it, or this attempt finished no step or saved none, which the next one would not either.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def requeue_if_asked() -> str | None:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     stopped, job = _wanted.pop(), job_id()
-    if not stopped.num_steps:
-        return f"job {job} is not requeued: it was asked to end before it finished a step"
+    if (why := _no_progress(stopped)) is not None:
+        return f"job {job} is not requeued: {why}"
     try:
         state = _run("scontrol", "show", "job", str(job))
         if not _may_go_on(state.stdout):
@@ -178,6 +178,15 @@ def requeue_if_asked() -> str | None:
     if done.returncode:
         return f"job {job} could not be requeued: {_reason(done)}. Submit {SCRIPT} again."
     return f"job {job} is requeued, and goes on from step {stopped.step}"
+
+
+def _no_progress(stopped: Stopped) -> str | None:
+    """Why the next attempt would come no further than this one; None: it would."""
+    if not stopped.num_steps:
+        return "it was asked to end before it finished a step"
+    if stopped.step is None:
+        return "nothing was saved, so it would begin again. Use trainer.save_checkpoint=true, or a longer launcher.time"
+    return None
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import sys
 import warnings
 from argparse import Namespace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -23,7 +25,8 @@ from torch import nn
 
 from moecompile.capture import Example
 from moecompile.checkpoint.fingerprint import fingerprint
-from moecompile.checkpoint.folders import set_aside
+from moecompile.checkpoint.folders import AUTO, checkpoints_of, latest, set_aside
+from moecompile.checkpoint.resume import read_state
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.mesh import Part
 from moecompile.pipeline import compile_model
@@ -42,6 +45,7 @@ from moecompile.runtime.routes import routes_observer
 from moecompile.runtime.samples import ANSWER, ROWS, Samples
 from moecompile.runtime.saving import Saver, starting_point
 from moecompile.runtime.strategy import ExpertParallelStrategy
+from moecompile.runtime.weight_groups import for_dense
 from moecompile.schema import Compiled, Config, Precision, accumulation_steps
 
 # -- a run takes its directory when its first new step is computed; until then nothing is touched -------------------
@@ -315,9 +319,10 @@ def _quiet_lightning() -> None:
 def train_dense(
     model: nn.Module, like: Plan, config: Config, data: TextData, run_dir: Path, *, example: Example
 ) -> Outcome:
-    """Trains `model` with a plan like another one, without layers: same ranks, data and optimizer; saves no checkpoint.
+    """Trains `model` with a plan like another one, without layers: same ranks, data and optimizer.
 
-    All ranks call it with the same newly built model.
+    What `optimizer.groups` and `routing.replay` say of experts and routers is left out. Checkpoints, if the run keeps
+    any, are only there to go on from, and are removed at the end. All ranks call it with the same newly built model.
     """
     mesh = like.mesh
     plan = Plan(
@@ -325,5 +330,35 @@ def train_dense(
         context_parallel=like.context_parallel,
     )  # fmt: skip
     dense = compile_model(model, config, example=example, plan=plan)
-    unsaved = dataclasses.replace(config.trainer, save_checkpoint=False, save_interval=0, resume=None)
-    return train(dense, plan, dataclasses.replace(config, trainer=unsaved), data, run_dir / BASELINE)
+    folder, trainer = run_dir / BASELINE, config.trainer
+    goes_on = _goes_on(config, run_dir, folder)
+    never = trainer.max_steps + 1  # but after a signal
+    trainer = dataclasses.replace(
+        trainer,
+        save_checkpoint=False,
+        save_interval=trainer.save_interval or (never if trainer.save_checkpoint else 0),
+        resume=AUTO if goes_on else None,
+    )
+    routing = dataclasses.replace(config.routing, replay=None)
+    config = dataclasses.replace(config, optimizer=for_dense(dense, config.optimizer), routing=routing, trainer=trainer)
+    outcome = train(dense, plan, config, data, folder)
+    _remove_checkpoints(folder)
+    return outcome
+
+
+def _goes_on(config: Config, run_dir: Path, folder: Path) -> bool:
+    """Whether an attempt before this one has left a checkpoint of the dense model; another run's are removed."""
+    found = latest(checkpoints_of(folder))
+    is_later = config.trainer.resume is not None or is_restart(run_dir)
+    if found is not None and is_later and read_state(found).step <= config.trainer.max_steps:
+        return True
+    _remove_checkpoints(folder)
+    return False
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """All ranks call it; none reads them any more, and none writes new ones before."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(checkpoints_of(folder), ignore_errors=True)
+    dist.barrier()

@@ -10,7 +10,7 @@ Algorithm:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,26 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
             "optimizer.kind", "muon", "no matrix of a hidden layer is trained with it", "Use optimizer=adamw"
         )
     return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def for_dense(model: nn.Module, config: OptimizerConfig) -> OptimizerConfig:
+    """The optimizer of a dense model: without groups that are for experts or routers, so for none of its weights.
+
+    The first match decides, so the settings of no other weight change.
+
+    Args:
+        model: the dense model, before it is compiled or after.
+
+    Raises:
+        ConfigError: nothing is trained, or Muon cannot step what is left.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise ConfigError("requires_grad", "false", "no weight is trained", "Train some of them")
+    used = {group_of(name, config.groups) for name in names}
+    config = replace(config, groups=[group for i, group in enumerate(config.groups) if i in used])
+    weight_groups(model, config)
+    return config
 
 
 def _why(parameter: nn.Parameter) -> str:

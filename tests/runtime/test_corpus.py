@@ -97,6 +97,15 @@ def test_it_is_tokenized_once_and_the_cache_follows_the_content(
     assert load(settings(copied, tmp_path), tmp_path).text_hash != first.text_hash
 
 
+def test_a_tokenizer_of_lines_that_were_read_as_text_is_not_that_of_their_records(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": line, "source": "whales"} for line in PROSE.splitlines()])
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    as_text = load(settings(tmp_path / "a.txt", tmp_path / "cache"), tmp_path).tokenizer
+    (tmp_path / "a.txt").rename(tmp_path / "a.jsonl")
+    again, fresh = (load(settings(tmp_path / "a.jsonl", tmp_path / name), tmp_path) for name in ("cache", "fresh"))
+    assert again.tokenizer.to_str() == fresh.tokenizer.to_str() != as_text.to_str()
+
+
 def test_the_order_does_not_depend_on_ranks(files: Path, tmp_path: Path) -> None:
     data = settings(files, tmp_path)
     train = load(data, tmp_path).train

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 
 from moecompile.errors import ConfigError
 from moecompile.nn.replay import ReplayLayer
-from moecompile.runtime.routes import check_data, check_fits, create, open_routes
+from moecompile.runtime.routes import _Place, _Recorder, check_data, check_fits, create, open_routes
 from tests.tasks.test_train import TINY, losses_of, moecompile
 
 LAYERS = (ReplayLayer("a.router", 8, 2), ReplayLayer("b.router", 8, 3))
@@ -26,7 +27,8 @@ def written(folder: Path, layers: tuple[ReplayLayer, ...] = LAYERS) -> Path:
 
 
 def test_a_new_folder_has_no_records(tmp_path: Path) -> None:
-    routes = open_routes(written(tmp_path / "routes"))
+    assert create(tmp_path / "routes", LAYERS, DATA, **SIZE) and not create(tmp_path / "routes", LAYERS, DATA, **SIZE)
+    routes = open_routes(tmp_path / "routes")
     assert routes.ids.shape == (2, 4, 5, 2, 3) and routes.ids.dtype == np.uint8 and routes.layers == LAYERS
     assert (np.asarray(routes.ids) == routes.unknown).all() and routes.unknown == 255
 
@@ -49,6 +51,28 @@ def test_records_stay_when_a_run_goes_on(tmp_path: Path) -> None:
     create(tmp_path / "routes", LAYERS, {**DATA, "data.path": "moved.txt"}, **SIZE)
     as_format_1(tmp_path / "routes")
     create(tmp_path / "routes", LAYERS, {**DATA, "seed": 1}, **SIZE)  # it does not say
+
+
+@pytest.mark.parametrize("how", ["a step", "no step", "another rank"])
+def test_steps_that_a_run_does_not_reach_have_no_routes_of_a_run_before(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It goes on from step 1 of 4, and is ended after one more, or before. The first rank removes; all wait for it."""
+    nobody: Any = None
+    calls: list[str] = []
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
+    size = {**SIZE, "steps": 4}
+    create(tmp_path / "routes", LAYERS, DATA, **size)
+    routes = open_routes(tmp_path / "routes", writable=True)
+    routes.ids[:] = 7
+    recorder = _Recorder(routes, _Place(0, 2, 1, 1), forgets=how != "another rank")
+    if how != "no step":
+        recorder._unwritten.append(((1, slice(0, 2)), np.array(3)))
+        recorder.step_ended(nobody, nobody)
+    recorder.ended(nobody)
+    ids, rest = np.asarray(open_routes(tmp_path / "routes").ids), 7 if how == "another rank" else routes.unknown
+    assert (ids[0] == 7).all() and (ids[2:] == rest).all() and calls == ["barrier"]
+    assert (ids[1, :2] == (routes.unknown if how == "no step" else 3)).all() and (ids[1, 2:] == rest).all()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,27 @@ def test_speed_is_that_of_the_rows_after_the_first() -> None:
     assert (tally.loss_first, tally.loss_last, tally.tokens_per_second) == (2.0, 0.5, 10.0)
 
 
+def test_speed_of_a_run_that_goes_on_is_that_of_its_own_tokens() -> None:
+    """40 tokens of an open row are from before: 4 and the warm-up are of this process. Then 10 in 1 s."""
+    before, after = RunTotals(), RunTotals()
+    before.end_row(12.0, 6, 3.0)
+    before.end_row(20.0, 20, 1.0)
+    add(before.sums, 20.0, 40, 0.0)
+    before.end_step([], skipped=False)
+    after.restore(before.state(), is_first_rank=True)
+    assert after.tokens_per_second == 20.0  # there may be no more steps
+    add(after.sums, 2.0, 4, 0.0)
+    after.end_step([], skipped=False)
+    loss, num_tokens, _ = after.sums.take()
+    assert after.end_row(loss, num_tokens, 2.0) == {"tokens_per_second": 2.0, "loss": 0.5}
+    assert after.tokens_per_second == 20.0
+    assert after.end_row(10.0, 10, 1.0)["tokens_per_second"] == 10.0
+    assert after.tokens_per_second == (20 + 10) / 2
+    older = {name: value for name, value in before.state().items() if name != "timed"}
+    after.restore(older, is_first_rank=True)
+    assert after.tokens_per_second is None
+
+
 def test_a_run_that_goes_on_has_the_same_rows_and_the_same_last_tenth() -> None:
     """12 steps are done, a row is open: one rank of the new run holds its sums, and 2 of the 12 steps are kept."""
     before, first, other = RunTotals(), RunTotals(), RunTotals()

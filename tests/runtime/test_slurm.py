@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import yaml
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.rundir import PENDING, RESOLVED, job_command
+from moecompile.runtime import slurm
 from moecompile.runtime.launch import is_restart
+from moecompile.runtime.signals import Stopped
 from moecompile.runtime.slurm import _may_go_on, job_id, job_script
 from moecompile.schema import validate
 
@@ -103,6 +106,36 @@ def test_what_cannot_be_submitted(overrides: list[str], message: str) -> None:
 def test_a_cancelled_job_stays_cancelled(shown: str, may: bool) -> None:
     """As scontrol of SLURM 24.11 shows jobs."""
     assert _may_go_on(shown) is may
+
+
+@pytest.mark.parametrize(
+    ("step", "num_steps", "told"),
+    [
+        (7, 2, "job 4711 is requeued, and goes on from step 7"),
+        (7, 0, "job 4711 is not requeued: it was asked to end before it finished a step"),
+        (
+            None,
+            2,
+            "job 4711 is not requeued: nothing was saved, so it would begin again. Use trainer.save_checkpoint=true, or "
+            "a longer launcher.time",
+        ),
+    ],
+)
+def test_a_job_that_would_come_no_further_is_not_requeued(
+    step: int | None, num_steps: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        asked.append(command[1])
+        return subprocess.CompletedProcess(command, 0, "JobState=RUNNING Reason=None", "")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(slurm, "_run", run)
+    monkeypatch.setattr(slurm, "IGNORED_AT_THE_END", ())
+    slurm.ask_for_requeue(compose_config(["launcher=slurm"]), Stopped(signal.SIGUSR1, step, num_steps))
+    assert slurm.requeue_if_asked() == told
+    assert ("requeue" in asked) is told.startswith("job 4711 is requeued")
 
 
 def test_the_id_of_a_job() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +17,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from moecompile.checkpoint import folders
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.models.build import build_model
+from moecompile.mesh import MeshSpec
+from moecompile.models.build import build_model, example_inputs
 from moecompile.models.source import source_model
 from moecompile.nn import Experts
+from moecompile.plan import Plan
 from moecompile.report.baseline import verdict
-from moecompile.runtime.data import load_data, train_loader, val_loader
+from moecompile.report.page.read import metric_rows
+from moecompile.runtime import training
+from moecompile.runtime.data import TextData, load_data, train_loader, val_loader
+from moecompile.schema import Config
 from moecompile.tasks import job
 from moecompile.tasks.ranks import train
 from tests.distributed.harness import run_distributed_test
+from tests.forked import Program, python
 from tests.tasks.test_train import moecompile, result_of
 from tests.tiny import SHORT
 
@@ -103,6 +113,61 @@ def test_the_dense_model_is_trained_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_baseline_that_was_ended_goes_on(tmp_path: Path) -> None:
+    """The next attempt trains no step of the MoE, and of the dense model those that are missing: to the same loss."""
+    words = [*LLAMA, "mesh=cpu_1", "trainer.baseline=dense", "trainer.max_steps=60", "trainer.log_interval=1"]
+    words = ["-m", "moecompile", *words, "trainer.calibrate=never", "trainer.progress_bar=true"]
+    whole = python(*words, "hydra.run.dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = Program(*words, "hydra.run.dir=out", cwd=tmp_path, merged=True)
+    for line in process.stdout:
+        if line.startswith("baseline:"):
+            break
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            os.kill(process.pid, signal.SIGUSR1)
+            break
+    said, _ = process.communicate(120)
+    checkpoints = tmp_path / "out" / "baseline" / "checkpoints"
+    (step,) = folders.steps(checkpoints)
+    assert 2 <= step < 60 and f"ended by SIGUSR1: step {step} is saved" in said
+    again = python(*words, "hydra.run.dir=out", "trainer.resume=auto", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {step} of " in again.stdout and not checkpoints.exists()
+    results = [result_of(tmp_path / name) for name in ("whole", "out")]
+    for name in ("steps", "loss_first", "loss_last", "val_loss_first", "val_loss"):
+        wanted, got = (result["baseline"][name] for result in results)
+        assert got == pytest.approx(wanted, rel=1e-6), name
+    rows = [metric_rows(tmp_path / name / "baseline") for name in ("whole", "out")]
+    steps = [[row["step"] for row in each if "loss" in row] for each in rows]
+    assert steps[0] == steps[1] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("saved", "overrides", "goes_on"),
+    [
+        (3, ["trainer.resume=auto"], True),
+        (5, ["trainer.resume=auto"], False),  # of dense_flops, with fewer experts now
+        (3, [], False),  # another run's
+        (None, ["trainer.resume=auto"], False),
+    ],
+)
+def test_a_dense_model_goes_on_from_an_attempt_of_its_run(
+    saved: int | None, overrides: list[str], goes_on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    if saved is not None:
+        folder = folders.step_folder(folders.checkpoints_of(tmp_path / "baseline"), saved)
+        folder.mkdir(parents=True)
+        (folder / folders.STATE).touch()
+        monkeypatch.setattr(training, "read_state", lambda _: SimpleNamespace(step=saved))
+    config = compose_config([*LLAMA, *overrides])
+    assert training._goes_on(config, tmp_path, tmp_path / "baseline") is goes_on
+    assert folders.checkpoints_of(tmp_path / "baseline").exists() is goes_on
+
+
+@pytest.mark.slow
 def test_a_model_that_is_moe_already_has_no_dense_one(tmp_path: Path) -> None:
     mixtral = ["model.architecture=mixtral", "+model.config.num_local_experts=4"]
     run = moecompile([*LLAMA, *mixtral, "trainer.baseline=dense"], tmp_path)
@@ -123,6 +188,39 @@ def test_without_flops_there_is_no_run_of_equal_flops(monkeypatch: pytest.Monkey
         "trainer.baseline=dense_flops: the model cannot be copied without values, by which FLOPs are counted. Use "
         "trainer.baseline=dense."
     )
+
+
+def test_settings_for_experts_and_routers_are_left_out_of_the_dense_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    groups = "optimizer.groups=[{match: '*experts*', kind: muon}, {match: '*norm*'}, {match: '*q_proj*', lr_scale: 2}]"
+    config = compose_config([*LLAMA, "trainer.baseline=dense", "optimizer=muon", groups, "routing.replay=record"])
+    seen: list[Config] = []
+    monkeypatch.setattr(training, "train", lambda model, plan, config, data, folder: seen.append(config))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    model, data = build_model(config.model, config.seed), TextData(*[Any] * 3)  # type: ignore[arg-type]
+    like = Plan(mesh=MeshSpec(), layers=(), reductions=())
+    assert train._refused(config, model) is None
+    training.train_dense(model, like, config, data, tmp_path, example=example_inputs(model, 32))
+    assert seen[0].routing.replay is None
+    assert [group.match for group in seen[0].optimizer.groups] == ["*norm*", "*q_proj*"]
+    assert len(config.optimizer.groups) == 3 and config.routing.replay == "record"
+
+
+def test_a_dense_model_that_cannot_be_trained_is_refused_before_the_first_step() -> None:
+    """Experts have the only matrices that Muon would step."""
+    groups = "optimizer.groups=[{match: '*experts*'}, {match: '*_proj.weight', kind: adamw}]"
+    config = compose_config([*LLAMA, "trainer.baseline=dense", "optimizer=muon", groups])
+    model = build_model(config.model, config.seed)
+    with pytest.raises(ConfigError) as caught:
+        train._check_baseline(config, Plan(mesh=MeshSpec(), layers=(), reductions=()), train._refused(config, model))
+    assert str(caught.value) == (
+        "trainer.baseline=dense: the dense model cannot be trained: optimizer.kind=muon: no matrix of a hidden layer is "
+        "trained with it. Use trainer.baseline=none, or change that."
+    )
+    model.requires_grad_(False)
+    assert "no weight is trained" in str(train._refused(config, model))
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from moecompile.runtime.data.tokens import (
     unigram_cross_entropy,
     unigram_entropy,
 )
-from moecompile.runtime.records import Found, find_files, reader_code
+from moecompile.runtime.records import Found, find_files, is_text, reader_code
 from moecompile.runtime.text import load_text, split_text
 from moecompile.schema import DataConfig, DataKind, TokenizerSource
 
@@ -125,7 +125,7 @@ def _trained(found: Found, data: DataConfig, cache: Path) -> Tokenizer:
     def train(folder: Path) -> None:
         train_tokenizer(sample(found, data), size, special=[END_OF_TEXT]).save(str(folder / TOKENIZER))
 
-    contents = [[content_of(path, cache), reader_code(path)] for path in found.files]
+    contents = [[content_of(path, cache), is_text(path), reader_code(path)] for path in found.files]
     return Tokenizer.from_file(
         str(made(cache, key_of("tokenizer", contents, size, data.text_field), train) / TOKENIZER)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import nn
 
 from moecompile import plan as plans
 from moecompile import waiting
@@ -29,6 +30,7 @@ from moecompile.rundir import BASELINE, output_dir
 from moecompile.runtime.data import TextData, TokenWindows, num_ids, unigram_entropy
 from moecompile.runtime.groups import init_process_group
 from moecompile.runtime.training import Outcome, train, train_dense
+from moecompile.runtime.weight_groups import for_dense
 from moecompile.schema import Baseline, Config
 from moecompile.tasks.data import data_fields, with_steps
 from moecompile.tasks.forecast import flops_per_token, outline, shape_of, write_forecast
@@ -50,12 +52,13 @@ def run_rank(config: Config, run_dir: Path) -> None:
         print_data(of_data, console)
         waiting.show("compiling the model", line=False)
     before = outline(job.model) if rank == 0 else None
+    refused = _refused(config, job.model)
     machine = this_machine(job, config)
     priced = config if machine is None else dataclasses.replace(config, hardware=machine)
     compiled, data = job.compile(config), job.data
     shape = shape_of(before, compiled.plan)
     waiting.done()
-    _check_baseline(config, compiled.plan)
+    _check_baseline(config, compiled.plan, refused)
     flops = flops_per_token(before, compiled.plan, config.data.seq_len)
     dense_steps = _dense_steps(config, flops)
     if rank == 0:
@@ -97,7 +100,18 @@ def _write(config: Config, fields: dict[str, Any], run_dir: Path, console: Conso
     print_warnings(result["warnings"], console)
 
 
-def _check_baseline(config: Config, plan: plans.Plan) -> None:
+def _refused(config: Config, dense: nn.Module) -> ConfigError | None:
+    """Why the optimizer cannot train the dense model of a baseline, which is asked before its weights are experts."""
+    if config.trainer.baseline is not Baseline.none:
+        try:
+            for_dense(dense, config.optimizer)
+        except ConfigError as error:
+            return error
+    return None
+
+
+def _check_baseline(config: Config, plan: plans.Plan, refused: ConfigError | None) -> None:
+    """Refuses a dense model before the compiled one is trained. refused: what `_refused` returned."""
     kind = config.trainer.baseline
     if kind is not Baseline.none and plan.pipeline is not None:
         raise ConfigError(
@@ -109,6 +123,12 @@ def _check_baseline(config: Config, plan: plans.Plan) -> None:
         raise ConfigError(
             "trainer.baseline", kind.value, f"{existing[0]} has experts already, so there is no dense model",
             "Use trainer.baseline=none",
+        )  # fmt: skip
+    if refused is not None:
+        raise ConfigError(
+            "trainer.baseline", kind.value,
+            f"the dense model cannot be trained: {refused.path}={refused.value}: {refused.rule}",
+            "Use trainer.baseline=none, or change that",
         )  # fmt: skip
 
 
