@@ -27,10 +27,20 @@ from moecompile.pipeline.attention import attention_of
 from moecompile.pipeline.kept import KeptLayers, dtype_of_most, kinds_of
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
 from moecompile.planner import ModelFacts
-from moecompile.planner.params import FP32_BYTES, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
+from moecompile.planner.params import FP32_BYTES, UNNAMED, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
 from moecompile.schema import LEAST_NUMBERS, MeshConfig
 from moecompile.torch_private import own_parameters
 
+_NORMS = (
+    "q_norm",
+    "k_norm",
+    "query_norm",
+    "key_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_layernorm",
+    "key_layernorm",
+)
 WIDENED = "_moecompile_widened"
 """Attribute of a model that `widen_experts` has made: what it did, for people."""
 
@@ -326,7 +336,7 @@ def no_split(model: nn.Module) -> str:
 def splits_of(model: nn.Module, captured: Captured) -> tuple[SplitFact, ...]:
     """`ModelFacts.split`: modules, and parameters that have an entry of their own, in model order."""
     styles: dict[str, str] = getattr(model, "tp_plan", None) or {}
-    parts = _parts(captured)
+    styles, parts = styles | _norms_of_heads(model, styles), _parts(captured)
     facts, seen = [], set[Parameter]()
     for path, part in (*model.named_modules(), *model.named_parameters()):
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
@@ -341,6 +351,25 @@ def splits_of(model: nn.Module, captured: Captured) -> tuple[SplitFact, ...]:
             seen.add(weight)
         facts.append(SplitFact(path=path, pattern=pattern, style=style, site=site, **sizes))
     return tuple(facts)
+
+
+def _norms_of_heads(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
+    """Pattern -> style of norms of queries and keys that a tp_plan leaves out (GLM-4.5's) where it splits heads: a rank
+    has the gradients of its own heads. `UNNAMED`: of weights that are not those of one head.
+    """
+    found, heads = dict[str, str](), heads_of(model).get("num_attention_heads", 1)
+    for path, module in model.named_modules():
+        owner, _, name = path.rpartition(".")
+        patterns = [re.sub(r"\.\d+(?=\.|$)", ".*", each) for each in (path, f"{owner}.q_proj")]
+        if name not in _NORMS or patterns[0] in styles or styles.get(patterns[1]) != "colwise":
+            continue
+        queries = model.get_submodule(owner).q_proj
+        if weights := list(module.parameters()):
+            of_a_head = isinstance(queries, nn.Linear) and all(
+                weight.shape == (queries.out_features // heads,) for weight in weights
+            )
+            found[patterns[0]] = HEADS_STYLE if of_a_head else UNNAMED
+    return found
 
 
 def _sizes(part: nn.Module | Parameter, style: str) -> dict[str, Any]:

@@ -161,9 +161,13 @@ class TableFact:
     refused: str = ""
 
 
+UNNAMED = "unnamed"
+"""Style of a module that a tp_plan would have to name and does not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitFact:
-    """A module or parameter that the model's tp_plan names.
+    """A module or parameter that the model's tp_plan names, or a norm of heads that it leaves out.
 
     pattern: its entry there, with `*` for a number. kind: `linear`, `embedding`, or its class. size: of the dim that is
     split; size_name: what it is. params: of the parameters that are split, tied ones counted once. site: path of the

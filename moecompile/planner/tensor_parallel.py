@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.plan import STYLES, LayerPlan, SplitModules, Traffic
-from moecompile.planner.params import ModelFacts, RunFacts, SplitFact
+from moecompile.planner.params import UNNAMED, ModelFacts, RunFacts, SplitFact
 
 _KEY_HEADS = ("k_proj", "v_proj")
 _QUERY_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
@@ -76,7 +76,9 @@ def _reasons(left: Sequence[SplitFact], tp: int, facts: ModelFacts) -> list[str]
 
 def _reasons_of(fact: SplitFact, tp: int, facts: ModelFacts) -> Iterator[str]:
     where = f"{fact.path} ({fact.style} in the model's tp_plan)"
-    if fact.style not in STYLES:
+    if fact.style == UNNAMED:
+        yield f"{fact.path} is not in the model's tp_plan, which splits its heads, and its weights are not those of one"
+    elif fact.style not in STYLES:
         yield f"{where} cannot be split: this style is not carried outside of MoE layers"
     elif (kind := _KIND_OF.get(fact.style, "linear")) and fact.kind != kind:
         yield f"{where} cannot be split: it is a {fact.kind}, not a plain {kind}"

@@ -297,6 +297,7 @@ class Stages:
         self._beside = _Beside(model, wires.device)
         self.of_root = [stage for stage in own if passage.pipeline.stages[stage].has_root]
         self.kept: dict[tuple[int, int], _Kept] = {}
+        self._runs: dict[int, bool] = {}  # whether a stage has a backward: not if all of it and before is frozen
 
     @property
     def pipeline(self) -> Pipeline:
@@ -370,6 +371,8 @@ class Stages:
                     raise MoecompileError("training_step has not called the model, which the next stages wait for")
                 kept.computed = steps.objective(output)
         kept.aux = steps.aux(stage, number)
+        roots = (*kept.sent, kept.aux, None if kept.computed is None else kept.computed.objective)
+        self._runs[stage] = any(root is not None and root.requires_grad for root in roots)
         if kept.computed is None:
             self.wires.send_live(kept.sent, stage + 1, run.keys[number], (True, stage, number))
         else:
@@ -380,12 +383,17 @@ class Stages:
     def _backward_of(self, action: Action, run: _Step) -> Iterator[_Given]:
         """Around a backward: what it begins from, and how FSDP reduces and reshards."""
         run.left[action.stage] -= 1
-        is_last, is_end = not run.left[action.stage], not any(run.left.values())
-        is_last_of_root = is_last and not any(run.left[stage] for stage in self.of_root)
+        left = {stage: run.left[stage] for stage in self._running()}  # each has run forward by now
+        is_last, is_end = not run.left[action.stage], not any(left.values())
+        is_last_of_root = is_last and not any(left.get(stage) for stage in self.of_root)
         with self._synced(action.stage, is_last=is_last, is_last_of_root=is_last_of_root, is_end=is_end):
             yield self._receive_backward(action)
-        if not is_end:
+        if any(run.left.values()):
             run.after_backward()
+
+    def _running(self) -> list[int]:
+        """The stages of this rank whose backwards reach a weight: in others FSDP does nothing."""
+        return [stage for stage in self.own if self._runs.get(stage, True)]
 
     def _receive_backward(self, action: Action) -> _Given:
         stage, number = action.stage, action.micro_batch
@@ -432,7 +440,7 @@ class Stages:
             at_once = is_root and self.reduces_each and len(self.of_root) > 1
             module.set_requires_all_reduce(last or at_once, recurse=False)
             ends = is_end if is_root else is_last
-            each = not self.gathers_once and (not is_root or stage == self.own[0])
+            each = not self.gathers_once and (not is_root or [stage] == self._running()[:1])
             module.set_reshard_after_backward(ends or each, recurse=False)
         yield
 

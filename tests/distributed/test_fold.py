@@ -15,13 +15,20 @@ from tests.distributed.fold_job import Case
 from tests.distributed.gradient_job import full
 from tests.distributed.harness import run_distributed_test
 
-LATENT: dict[str, Any] = {  # latent attention, in fp32 where it rotates; every layer is dense
-    "first_k_dense_replace": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
-    "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+DENSE: dict[str, Any] = {  # every layer
+    "first_k_dense_replace": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2
 }  # fmt: skip
+LATENT = DENSE | {  # latent attention, in fp32 where it rotates
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 FAST = (
     Case(architecture="qwen3", tp=2, ep=2, ranks=2, tied=True, losses={"micro_batch": 0.3, "z": 0.2}),
     Case(architecture="mixtral", tp=2, ep=1, ranks=2),
+    Case(architecture="glm4_moe", tp=2, ep=2, ranks=2, changes=DENSE | {"use_qk_norm": True}),  # not in its tp_plan
 )
 SLOW = (
     *(Case(architecture="llama", tp=tp, ep=ep) for tp in (2, 4) for ep in (1, 2, 4)),

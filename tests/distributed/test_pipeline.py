@@ -59,6 +59,7 @@ MESHES = {  # ranks along pp -> settings; the others share experts
 }
 INTERLEAVED = [*MESHES[2], "pipeline.stages_per_rank=2"]
 THERE_AND_BACK = [*MESHES[2], "pipeline.schedule=dualpipev"]
+FROZEN = ("into.", "layers.0.")  # all of the first stage there and back, whose rank has the head too
 
 
 class Layer(nn.Module):
@@ -90,12 +91,14 @@ class Model(nn.Module):
         return classes
 
 
-def built(mesh: list[str]) -> nn.Module:
+def built(mesh: list[str], frozen: tuple[str, ...] = ()) -> nn.Module:
     torch.manual_seed(0)
     overrides = [*EXPERTS, *RUN, *mesh]
     model = moecompile.compile_model(Model().double(), overrides, example=torch.zeros(BATCH, 6).double())
     for _, router in routers_of(model):  # copies of an expert would have the same gradients
         nn.init.normal_(router.weight)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen or ("none",)))
     return model
 
 
@@ -150,14 +153,14 @@ def loader(place: int) -> Any:
     return DataLoader(TensorDataset(*data(place)), batch_size=BATCH)
 
 
-def fit(mesh: list[str], **settings: Any) -> tuple[Trainer, Module]:
+def fit(mesh: list[str], frozen: tuple[str, ...] = (), **settings: Any) -> tuple[Trainer, Module]:
     strategy = moecompile.ExpertParallelStrategy(**settings)
     stop = EarlyStopping("val_loss", min_delta=100.0, patience=5)  # every rank must know the value
     trainer = Trainer(
         strategy=strategy, devices=WORLD, max_epochs=1, accumulate_grad_batches=MICRO, gradient_clip_val=1e-2,
         callbacks=[stop], num_sanity_val_steps=0, **CPU,
     )  # fmt: skip
-    module = Module(built(mesh), Found())
+    module = Module(built(mesh, frozen), Found())
     plan = moecompile.plan_of(module.model)
     place = plan.mesh.batch_index(dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]))
     trainer.fit(module, loader(place), loader(100 + place))
@@ -328,6 +331,8 @@ def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     cases["interleaved"] = fit(INTERLEAVED)[1].found
     cases["there and back"] = fit(THERE_AND_BACK)[1].found
     cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
+    cases["frozen"] = fit(THERE_AND_BACK, FROZEN)[1].found
+    cases["frozen, reduced each"] = fit([*THERE_AND_BACK, "trainer.reduce=each"], FROZEN)[1].found
     best = kept_best(folder / "best")
     return {**cases, "sizes": counted, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
 
@@ -338,9 +343,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @cache
-def alone(places: int) -> Found:
+def alone(places: int, frozen: tuple[str, ...] = ()) -> Found:
     """One process over the batches of all places: gradients before clipping, weights, losses."""
-    model, found = built(["mesh.ranks_per_node=1"]), Found()
+    model, found = built(["mesh.ranks_per_node=1"], frozen), Found()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
     losses: list[float] = []
@@ -353,7 +358,7 @@ def alone(places: int) -> Found:
                 loss = F.cross_entropy(model(inputs[rows]), labels[rows])
                 losses.append(float(loss.detach()))
                 ((loss + moecompile.nn.auxiliary_loss(model)) / (MICRO * places)).backward()
-        found.grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        found.grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
         optimizer.step()
         moecompile.nn.update_balance(model)
@@ -365,13 +370,20 @@ def alone(places: int) -> Found:
     return found
 
 
-CASES = {"pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "there and back": 2, "computed again": 2}
+CASES = {
+    "pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "there and back": 2, "computed again": 2, "frozen": 2,
+    "frozen, reduced each": 2,
+}  # fmt: skip
 """Name -> different micro-batches at a time."""
+
+
+def of_one_process(name: str) -> Found:
+    return alone(CASES[name], FROZEN if name.startswith("frozen") else ())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_module_that_knows_nothing_of_stages_trains_as_in_one_process(ranks: Any, name: str) -> None:
-    wanted, got = alone(CASES[name]), ranks[0][name]
+    wanted, got = of_one_process(name), ranks[0][name]
     assert len(got.grads) == len(wanted.grads) == STEPS
     for step in range(STEPS):
         assert got.grads[step].keys() == wanted.grads[step].keys()
@@ -381,7 +393,7 @@ def test_a_module_that_knows_nothing_of_stages_trains_as_in_one_process(ranks: A
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_it_logs_is_known_on_every_rank(ranks: Any, name: str) -> None:
-    wanted = alone(CASES[name]).logged
+    wanted = of_one_process(name).logged
     for rank in ranks:
         assert rank[name].logged == pytest.approx(wanted, rel=1e-6), rank[name].logged
 

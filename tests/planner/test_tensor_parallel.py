@@ -12,7 +12,9 @@ from torch import nn
 import moecompile
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
+from moecompile.match.regions import Captured
 from moecompile.mesh import MeshSpec
+from moecompile.pipeline.facts import splits_of
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, SplitModules
 from moecompile.planner import ModelFacts
@@ -51,6 +53,23 @@ def test_what_becomes_experts_is_not_split() -> None:
     assert split_modules(["layers.0.mlp"], FOUR, facts(inside)) == ()
     with pytest.raises(ConfigError, match="packed_colwise"):
         split_modules([], FOUR, facts(inside))
+
+
+def test_norms_of_heads_that_a_tp_plan_leaves_out() -> None:
+    """GLM-4.5's: of one head they are summed over tp; a plan with others is refused."""
+    model = tiny_llama(num_attention_heads=2, num_key_value_heads=2, hidden_size=16)
+    attention = model.model.layers[0].self_attn
+    attention.q_norm, attention.k_norm = nn.RMSNorm(8), nn.RMSNorm(16)
+    found = {fact.path: fact.style for fact in splits_of(model, Captured()) if "norm" in fact.path}
+    assert found == {
+        "model.layers.0.self_attn.q_norm": "replicated_with_grad_allreduce", "model.layers.0.self_attn.k_norm": "unnamed"
+    }  # fmt: skip
+    message = (
+        "mesh.tp=2: layers.0.q_proj is not in the model's tp_plan, which splits its heads, and its weights are not those "
+        "of one. Use mesh.tp=1."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        split_modules([], FOUR, facts(fact(style="unnamed")))
 
 
 def test_without_the_axis_nothing_is_split() -> None:
