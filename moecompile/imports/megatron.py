@@ -111,7 +111,7 @@ def _model(s: Settings, conf: Path) -> str | dict[str, Any]:
         )
     s.on("swiglu", "model.architecture, whose FFNs have a gate")
     family = _family(s)
-    config = {key: value for key, value in _widths(s, family).items() if value is not None}
+    config = _widths(s, family)
     _check_experts(s, config)
     same = shipped(conf, family, config)
     vocab = s.whole("vocab-size", "model.config.vocab_size") or _vocabulary(s, same)
@@ -150,7 +150,7 @@ def _family(s: Settings) -> str:
 
 
 def _widths(s: Settings, family: str) -> dict[str, Any]:
-    """The config of the model type, but vocabulary and positions."""
+    """The config of the model type, but vocabulary and positions; what is left out has its default in transformers."""
     hidden = _needed(s, "hidden-size", "model.config.hidden_size")
     heads = _needed(s, "num-attention-heads", "model.config.num_attention_heads")
     layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
@@ -175,7 +175,7 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
         "tie_word_embeddings": not s.on("untie-embeddings-and-output-weights", "model.config.tie_word_embeddings"),
     }  # fmt: skip
     if family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
-        return common | _of_deepseek(s, family, (dense, expert, shared, experts, heads), pattern)
+        return common | _of_deepseek(s, family, (dense, expert, shared, experts, hidden, heads), pattern)
     channels = s.whole("kv-channels", "model.config.head_dim")
     renormalized = not s.on("moe-router-pre-softmax", "model.config.norm_topk_prob")
     if family in ("mixtral", "gpt_oss"):
@@ -183,10 +183,10 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
             s.assume(
                 "--moe-router-pre-softmax", "true", "weights of a token are normalized all the same: no width changes"
             )
-        return common | {
-            "intermediate_size": expert, "num_local_experts": experts,
-            "head_dim": None if channels in (None, hidden // heads) else channels,
-        }  # fmt: skip
+        config = common | {"intermediate_size": expert, "num_local_experts": experts}
+        if family == "gpt_oss" or channels not in (None, hidden // heads):  # mixtral's default follows its widths
+            config["head_dim"] = channels or hidden // heads
+        return config
     first = {"mlp_only_layers": [i for i, moe in enumerate(pattern) if not moe]} if not all(pattern) else {}
     config = common | {"intermediate_size": dense, "moe_intermediate_size": expert, "norm_topk_prob": renormalized}
     config |= {"num_experts": experts, **first}
@@ -203,10 +203,10 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
 
 
 def _of_deepseek(
-    s: Settings, family: str, sizes: tuple[int, int, int | None, int, int], pattern: list[int]
+    s: Settings, family: str, sizes: tuple[int, int, int | None, int, int, int], pattern: list[int]
 ) -> dict[str, Any]:
     """Widths of model types with dense layers first, groups of experts and, but for glm4_moe, latent attention."""
-    dense, expert, shared, experts, heads = sizes
+    dense, expert, shared, experts, hidden, heads = sizes
     first = pattern.index(1) if 1 in pattern else len(pattern)
     if not all(pattern[first:]):
         raise s.error(
@@ -233,7 +233,8 @@ def _of_deepseek(
         channels = s.whole("kv-channels", "model.config.head_dim")
         s.on("add-qkv-bias", "model.config.attention_bias")
         return config | {
-            "head_dim": channels, "use_qk_norm": s.has("qk-layernorm"), "attention_bias": s.has("add-qkv-bias"),
+            "head_dim": channels or hidden // heads, "use_qk_norm": s.has("qk-layernorm"),
+            "attention_bias": s.has("add-qkv-bias"),
         }  # fmt: skip
     s.say("kv-channels", "not read with latent attention, whose widths are below", NO_EFFECT)
     if not s.has("q-lora-rank"):

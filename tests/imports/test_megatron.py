@@ -9,7 +9,7 @@ import pytest
 
 from moecompile.errors import ConfigError
 from moecompile.imports import Row
-from moecompile.models.build import build_model
+from moecompile.models.build import build_model, config_of
 from moecompile.schema import ModelConfig, ModelDevice
 from tests.imports.published import MEGATRON, draft, of, write
 
@@ -92,6 +92,24 @@ def test_widths_of_models_that_are_not_shipped(name: str, parameters: int, tmp_p
         ModelConfig(name=name, architecture=model["architecture"], config=model["config"], device=ModelDevice.meta), 0
     )
     assert sum(parameter.numel() for parameter in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "key", "value"),
+    [  # where transformers has another default: queries with a latent, heads of 64
+        ("deepseekv3_proxy", {"q_lora_rank": None}, "q_lora_rank", None),
+        ("deepseek_v3_gb200", {"q_lora_rank": None}, "q_lora_rank", None),  # so it is not model=deepseek_v3
+        ("mixtral_8x7b_tp2pp4ep4", {"quick_geglu": "true", "kv_channels": "128"}, "head_dim", 128),
+        ("mixtral_8x7b_tp2pp4ep4", {"quick_geglu": "true", "kv_channels": None}, "head_dim", 128),
+    ],
+)
+def test_none_of_a_script_is_not_the_default_of_transformers(
+    name: str, changed: dict[str, str | None], key: str, value: object, tmp_path: Path
+) -> None:
+    model = draft(of(name), tmp_path, **changed).model
+    assert isinstance(model, dict) and model["config"][key] == value
+    built = config_of(ModelConfig(name=name, architecture=model["architecture"], config=model["config"]))
+    assert getattr(built, key) == value
 
 
 @pytest.mark.parametrize(
