@@ -627,20 +627,39 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     kind = s.word("optimizer", "optimizer.kind", {"adam": "", "sgd": "", "muon": "", "dist_muon": ""})
     if kind == "sgd":
         s.assume("--optimizer", "sgd", "no equal here: adamw is planned")
-    rate, least = s.real("lr", "optimizer.lr"), s.real("min-lr", "optimizer.min_lr_ratio")
-    betas = [s.real(f"adam-beta{i}", "optimizer.betas") for i in (1, 2)]
     found = {
-        "kind": "muon" if kind and "muon" in kind else "adamw", "lr": rate,
-        "min_lr_ratio": None if not rate or least is None else float(f"{least / rate:.6g}"),
-        "betas": [betas[0] or 0.9, betas[1] or 0.999] if any(betas) else None,
-        "eps": s.real("adam-eps", "optimizer.eps"),
-        "weight_decay": s.real("weight-decay", "optimizer.weight_decay"),
-        "clip_norm": s.real("clip-grad", "optimizer.clip_norm") or None,
+        "kind": "muon" if kind and "muon" in kind else "adamw", "lr": s.real("lr", "optimizer.lr"),
+        "min_lr_ratio": _least_rate(s), "eps": s.real("adam-eps", "optimizer.eps"),
+        "weight_decay": _or_default(s, "weight-decay", "optimizer.weight_decay", 0.01),
     }  # fmt: skip
+    first = s.real("adam-beta1", "optimizer.betas")
+    found["betas"] = [0.9 if first is None else first, _or_default(s, "adam-beta2", "optimizer.betas", 0.999)]
+    clip = s.real("clip-grad", "optimizer.clip_norm, null for 0")
+    found = {key: value for key, value in found.items() if value is not None}
+    return found | ({"clip_norm": clip or None} if "clip-grad" in s.found else {})
+
+
+def _least_rate(s: Settings) -> float | None:
+    """The final over the peak learning rate; None: the file has a final one alone."""
     style = s.word("lr-decay-style", "optimizer.min_lr_ratio; decay is by a cosine here")
+    if style == "constant":
+        s.say("min-lr", "the rate is constant", NO_EFFECT)
+        return 1.0
     if style not in (None, "cosine"):
         s.assume("--lr-decay-style", style, "no equal here: the rate falls by a cosine")
-    return {key: value for key, value in found.items() if value is not None}
+    rate, least = s.real("lr", "optimizer.lr"), _or_default(s, "min-lr", "optimizer.min_lr_ratio", 0.0)
+    if not least:
+        return 0.0
+    return float(f"{least / rate:.6g}") if rate else None
+
+
+def _or_default(s: Settings, key: str, becomes: str, default: float) -> float:
+    """A number, or Megatron-Core's default, which is not that of `conf/optimizer`."""
+    value = s.real(key, becomes)
+    if value is None:
+        value = default
+        s.assume(f"--{key}", value, "Megatron-Core's default")
+    return value
 
 
 def _warmup(s: Settings, batch: int, steps: int | None) -> int:

@@ -151,6 +151,27 @@ def test_one_flag_changes_one_thing(
     assert after[key] == value != before.get(key)
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected", "assumed"),
+    [
+        ({}, {"clip_norm": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.1, "min_lr_ratio": 0.1}, []),
+        ({"clip_grad": "0"}, {"clip_norm": None}, []),
+        ({"adam_beta1": "0", "weight_decay": "0"}, {"betas": [0.0, 0.95], "weight_decay": 0.0}, []),
+        ({"adam_beta1": None, "adam_beta2": None}, {"betas": [0.9, 0.999]}, ["--adam-beta2 0.999"]),
+        ({"weight_decay": None}, {"weight_decay": 0.01}, ["--weight-decay 0.01"]),
+        ({"min_lr": None}, {"min_lr_ratio": 0.0}, ["--min-lr 0.0"]),
+        ({"lr_decay_style": "constant", "min_lr": None}, {"min_lr_ratio": 1.0}, []),
+    ],
+)
+def test_the_optimizer(
+    changed: dict[str, str | None], expected: dict[str, Any], assumed: list[str], tmp_path: Path
+) -> None:
+    found = draft(of("mixtral_8x22b_tp2pp8ep8"), tmp_path, **changed)
+    assert {key: found.values["optimizer"][key] for key in expected} == expected
+    keys = ("--adam-beta2", "--weight-decay", "--min-lr")
+    assert [f"{row.key} {row.value}" for row in found.rows if row.kind == "assumed" and row.key in keys] == assumed
+
+
 def test_an_unknown_flag_is_listed(tmp_path: Path) -> None:
     found = draft(of("qwen3_30b_slime"), tmp_path, moe_of_tomorrow="7")
     (row,) = (row for row in found.rows if row.kind == "unknown")
