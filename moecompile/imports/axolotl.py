@@ -194,14 +194,13 @@ def _adapters(s: Settings) -> dict[str, Any]:
         "kind": "lora", "rank": s.whole("lora_r", "adapters.rank"), "alpha": s.real("lora_alpha", "adapters.alpha"),
         "dropout": s.real("lora_dropout", "adapters.dropout"),
     }  # fmt: skip
-    s.on("lora_target_linear", "adapters.dense: all linears")
+    every = s.on("lora_target_linear", "adapters.dense: all linears")
     modules = (s.word("lora_target_modules", "adapters.dense") or "").split()
     of_experts = s.word("lora_target_parameters", "adapters.experts: all weights of experts")
     values: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
-    values["dense"] = (
-        "*.self_attn.?_proj" if modules and set(modules) <= _ATTENTION else "*" if modules or not of_experts else None
-    )
-    if modules and not set(modules) <= _ATTENTION:
+    of_attention = bool(modules) and set(modules) <= _ATTENTION and not every
+    values["dense"] = "*.self_attn.?_proj" if of_attention else "*" if modules or every or not of_experts else None
+    if modules and not of_attention and not every:
         s.assume("lora_target_modules", len(modules), "adapters.dense is one pattern, so all linears get adapters")
     values["experts"] = "*" if of_experts else None
     if of_experts and values.get("dropout"):

@@ -101,6 +101,22 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
     assert after[key] == value != before.get(key)
 
 
+@pytest.mark.parametrize(
+    ("names", "dense", "experts"),
+    [
+        ({"lora_target_linear": "true"}, "*", None),
+        ({"lora_target_parameters": "mlp.experts.down_proj"}, None, "*"),
+        ({"lora_target_linear": "true", "lora_target_parameters": "mlp.experts.down_proj"}, "*", "*"),
+        ({"lora_target_linear": "false", "lora_target_parameters": "mlp.experts.down_proj"}, None, "*"),
+        ({"lora_target_linear": "true", "lora_target_modules": "q_proj v_proj"}, "*", None),
+        ({"lora_target_modules": "q_proj v_proj"}, "*.self_attn.?_proj", None),
+    ],
+)
+def test_what_gets_adapters(names: dict[str, str], dense: str | None, experts: str | None) -> None:
+    values = flat(read(FOLDER / "qwen3_30ba3b_ep_fft_4gpu.yaml", adapter="lora", **names))
+    assert (values["dense"], values["experts"]) == (dense, experts)
+
+
 def test_an_unknown_key_is_listed() -> None:
     found = read(FOLDER / "mixtral.yml", of_tomorrow="1")
     assert [row.key for row in found.rows if row.kind == "unknown"] == ["of_tomorrow"]
