@@ -3,7 +3,7 @@
 Algorithm:
   1. One scan over the characters takes out comments and here-documents, joins continued lines, and packs arithmetic and
      command substitutions into single marks, because they hold blanks and parentheses.                     -> `_plain`
-  2. `shlex` splits the rest into words.                                                                   -> `_words`
+  2. `shlex` splits the rest into words; redirections are left out.                      -> `_words`, `_redirected`
   3. The commands, in order. An assignment sets a variable; one that the caller gives is not changed. A branch is taken
      if its test compares plain words, and so is what follows `[ TEST ] &&` or `||`; where such a test is not decided,
      the names that it guards have no value. What is in loops, functions and other branches is not read, and said.
@@ -29,6 +29,7 @@ from moecompile.imports.settings import Setting
 Word = tuple[str, int]
 """A word and its line."""
 _CONTINUED, _OPEN, _CLOSE, _COMMAND, _UNSET, _END = "\x01", "\x02", "\x03", "\x04", "\x05", "\x06"
+_REDIRECT = "\x0f"
 _PACKED, _UNPACKED = str.maketrans("()", "\x07\x0e"), str.maketrans("\x07\x0e", "()")
 _BREAKS = ("\n", ";", "&", "|")
 _LISTS = ("&&", "||")
@@ -68,7 +69,7 @@ def read_script(text: str, given: Mapping[str, str], path: str) -> Script:
     """
     try:
         reader = _Reader(given)
-        reader.run(list(_words(_plain(text))))
+        reader.run(_redirected(list(_words(_plain(text)))))
         return _script(reader, text, path)
     except ValueError as error:
         raise ConfigError("file", path, f"is no shell script that can be read: {error}", "Correct the file") from None
@@ -140,7 +141,7 @@ def _plain(text: str) -> str:
             skipped, at = _here_document(text, match)
             out.append("\n" * skipped)
             continue
-        out.append(char)
+        out.append(_REDIRECT if not quote and char in "<>" else char)
         at += 1
     return "".join(out)
 
@@ -182,7 +183,7 @@ def _words(plain: str) -> Iterator[Word]:
     lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t\r", "", True
     line = 1
     for token in lexer:
-        if set(token) <= set("();&|\n"):
+        if token and set(token) <= set("();&|\n"):
             for char in token:
                 yield char, line
                 line += char == "\n"
@@ -191,6 +192,31 @@ def _words(plain: str) -> Iterator[Word]:
         else:
             yield token, line
             line += token.count("\n") + token.count(_CONTINUED)
+
+
+def _redirected(words: Sequence[Word]) -> list[Word]:
+    """The words but `> FILE`, `2>&1`, `&>FILE` and `< FILE`, which are none of the command's."""
+    out: list[Word] = []
+    at = 0
+    while at < len(words):
+        (word, line), at = words[at], at + 1
+        head, sign, target = word.partition(_REDIRECT)
+        if not sign or (head and not head.isdigit()):
+            out.append((head, line))
+        if sign and not head and _signs(out, len(out) - 1, 1) == "&" and _signs(out, len(out) - 2, 2) != "&&":
+            out.pop()
+        if sign and not target.strip(_REDIRECT):
+            at = _target_end(words, at)
+    return out
+
+
+def _target_end(words: Sequence[Word], at: int) -> int:
+    """The place behind what a redirection names: `FILE`, `&1`, or `>(COMMAND)`."""
+    while at < len(words) and words[at][0].strip("&|" + _REDIRECT) == "":
+        at += 1
+    if _signs(words, at, 1) == "(":
+        return next((place + 1 for place in range(at, len(words)) if words[place][0] == ")"), len(words))
+    return at if _signs(words, at, 1) in ("\n", ";", ")") else at + 1
 
 
 # -- step 3: commands ----------------------------------------------------------------------------------------------

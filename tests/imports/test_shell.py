@@ -73,12 +73,32 @@ def test_a_branch_that_is_not_decided() -> None:
 
 
 @pytest.mark.parametrize(
+    "redirection",
+    [
+        "2>&1 | tee log.txt", "> log", ">log", ">>log 2>&1", "2> log", "&> log", "&>> log", "2>&1 &", "< /dev/null", "1>&2",
+        "> >(tee -a log) 2>&1", '> "$L/a b" 2>&1', "2>/dev/null || true", ">| log",
+    ],
+)  # fmt: skip
+def test_redirections_are_no_values(redirection: str) -> None:
+    script = read(f"python p.py --num-layers 1 --x 2 --bf16 {redirection}\npython q.py --y 1")
+    assert values(script) == {"num-layers": "1", "x": "2", "bf16": "true"}
+    between = read(f"python p.py --num-layers 1 {redirection.partition('|')[0].rstrip('&')} --x 2")
+    assert values(between) == {"num-layers": "1", "x": "2"} or "|" in redirection
+
+
+def test_quoted_signs_are_values() -> None:
+    script = read("python p.py --num-layers 1 --x '>a' --y \"<b> 2>&1\" --z a\\>b")
+    assert values(script) == {"num-layers": "1", "x": ">a", "y": "<b> 2>&1", "z": "a>b"}
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ('M=0\nA=4\n[ "$M" = "1" ] && A=8', "4"),
         ("M=0\nA=4\n[[ $M == 1 ]] && A=8 || A=6", "6"),
         ("M=1\nA=4\n[[ $M == 1 ]] && A=8 || A=6", "8"),
         ('A=4\n[ -n "$A" ] || A=8', "4"),
+        ('A=4\n[ "$B" = "" ] && A=8', "8"),
         ('M=1\n[ -n "$A" ] || { A=8; }', "8"),
         ("M=1\nA=4\ntest $M -gt 1 && A=8", "4"),
         ("M=1\nA=4\n! [ $M -gt 1 ] &&\n A=8", "8"),
