@@ -627,7 +627,7 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     kind = s.word("optimizer", "optimizer.kind", {"adam": "", "sgd": "", "muon": "", "dist_muon": ""})
     if kind == "sgd":
         s.assume("--optimizer", "sgd", "no equal here: adamw is planned")
-    found = {
+    found: dict[str, Any] = {
         "kind": "muon" if kind and "muon" in kind else "adamw", "lr": s.real("lr", "optimizer.lr"),
         "min_lr_ratio": _least_rate(s), "eps": s.real("adam-eps", "optimizer.eps"),
         "weight_decay": _or_default(s, "weight-decay", "optimizer.weight_decay", 0.01),

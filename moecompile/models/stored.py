@@ -63,8 +63,8 @@ class Stored:
         return ConfigError("model.pretrained", self.folder, rule, fix)
 
     def _files(self) -> list[Path]:
-        """`model.safetensors` alone, as transformers reads it, for save_pretrained leaves an older index beside it; else
-        the files in the index, or all if there is no index.
+        """`model.safetensors` alone, as transformers reads it, for save_pretrained leaves an older index beside it;
+        else the files in the index, or all if there is no index.
         """
         if (self.folder / _WHOLE).is_file():
             return [self.folder / _WHOLE]
