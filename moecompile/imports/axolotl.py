@@ -82,7 +82,7 @@ def _layout(s: Settings, caller: Caller) -> tuple[dict[str, Any], dict[str, int]
         s.assume("gradient_accumulation_steps", again, "axolotl's default")
     seq = s.whole("sequence_len", "workload.seq_len")
     if seq is None:
-        seq = 2048
+        seq = 512
         s.assume("sequence_len", seq, "axolotl's default")
     s.on("sample_packing", "workload.seq_len: every sequence is full")
     if not s.has("sample_packing"):
@@ -116,11 +116,18 @@ def _ranks(s: Settings, caller: Caller, product: int) -> tuple[int, int]:
 
 
 def _precision(s: Settings) -> str:
-    for key in ("bf16", "fp16", "bfloat16", "float16"):
-        if s.has(key):
-            s.say(key, "workload.precision=bf16_params" + ("" if key.startswith("b") else ": as many bytes"))
-            return "bf16_params"
-    s.assume("precision", "fp32", "neither bf16 nor fp16 is set")
+    keys = ("bf16", "fp16", "bfloat16", "float16")
+    for key in keys:
+        if not s.has(key):
+            s.say(key, "is off", NO_EFFECT)
+    on = next((key for key in keys if s.has(key)), None)
+    if on is not None:
+        s.say(on, "workload.precision=bf16_params" + ("" if on.startswith("b") else ": as many bytes"))
+        return "bf16_params"
+    if "bf16" not in s.found:
+        s.assume("bf16", "auto", "axolotl's default; workload.precision=bf16_params")
+        return "bf16_params"
+    s.assume("precision", "fp32", "bf16 and fp16 are off")
     return "fp32"
 
 
@@ -194,14 +201,13 @@ def _adapters(s: Settings) -> dict[str, Any]:
         "kind": "lora", "rank": s.whole("lora_r", "adapters.rank"), "alpha": s.real("lora_alpha", "adapters.alpha"),
         "dropout": s.real("lora_dropout", "adapters.dropout"),
     }  # fmt: skip
-    s.on("lora_target_linear", "adapters.dense: all linears")
+    every = s.on("lora_target_linear", "adapters.dense: all linears")
     modules = (s.word("lora_target_modules", "adapters.dense") or "").split()
     of_experts = s.word("lora_target_parameters", "adapters.experts: all weights of experts")
     values: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
-    values["dense"] = (
-        "*.self_attn.?_proj" if modules and set(modules) <= _ATTENTION else "*" if modules or not of_experts else None
-    )
-    if modules and not set(modules) <= _ATTENTION:
+    of_attention = bool(modules) and set(modules) <= _ATTENTION and not every
+    values["dense"] = "*.self_attn.?_proj" if of_attention else "*" if modules or every or not of_experts else None
+    if modules and not of_attention and not every:
         s.assume("lora_target_modules", len(modules), "adapters.dense is one pattern, so all linears get adapters")
     values["experts"] = "*" if of_experts else None
     if of_experts and values.get("dropout"):

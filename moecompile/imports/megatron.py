@@ -111,7 +111,7 @@ def _model(s: Settings, conf: Path) -> str | dict[str, Any]:
         )
     s.on("swiglu", "model.architecture, whose FFNs have a gate")
     family = _family(s)
-    config = {key: value for key, value in _widths(s, family).items() if value is not None}
+    config = _widths(s, family)
     _check_experts(s, config)
     same = shipped(conf, family, config)
     vocab = s.whole("vocab-size", "model.config.vocab_size") or _vocabulary(s, same)
@@ -150,7 +150,7 @@ def _family(s: Settings) -> str:
 
 
 def _widths(s: Settings, family: str) -> dict[str, Any]:
-    """The config of the model type, but vocabulary and positions."""
+    """The config of the model type, but vocabulary and positions; what is left out has its default in transformers."""
     hidden = _needed(s, "hidden-size", "model.config.hidden_size")
     heads = _needed(s, "num-attention-heads", "model.config.num_attention_heads")
     layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
@@ -175,7 +175,7 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
         "tie_word_embeddings": not s.on("untie-embeddings-and-output-weights", "model.config.tie_word_embeddings"),
     }  # fmt: skip
     if family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
-        return common | _of_deepseek(s, family, (dense, expert, shared, experts, heads), pattern)
+        return common | _of_deepseek(s, family, (dense, expert, shared, experts, hidden, heads), pattern)
     channels = s.whole("kv-channels", "model.config.head_dim")
     renormalized = not s.on("moe-router-pre-softmax", "model.config.norm_topk_prob")
     if family in ("mixtral", "gpt_oss"):
@@ -183,10 +183,10 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
             s.assume(
                 "--moe-router-pre-softmax", "true", "weights of a token are normalized all the same: no width changes"
             )
-        return common | {
-            "intermediate_size": expert, "num_local_experts": experts,
-            "head_dim": None if channels in (None, hidden // heads) else channels,
-        }  # fmt: skip
+        config = common | {"intermediate_size": expert, "num_local_experts": experts}
+        if family == "gpt_oss" or channels not in (None, hidden // heads):  # mixtral's default follows its widths
+            config["head_dim"] = channels or hidden // heads
+        return config
     first = {"mlp_only_layers": [i for i, moe in enumerate(pattern) if not moe]} if not all(pattern) else {}
     config = common | {"intermediate_size": dense, "moe_intermediate_size": expert, "norm_topk_prob": renormalized}
     config |= {"num_experts": experts, **first}
@@ -203,10 +203,10 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
 
 
 def _of_deepseek(
-    s: Settings, family: str, sizes: tuple[int, int, int | None, int, int], pattern: list[int]
+    s: Settings, family: str, sizes: tuple[int, int, int | None, int, int, int], pattern: list[int]
 ) -> dict[str, Any]:
     """Widths of model types with dense layers first, groups of experts and, but for glm4_moe, latent attention."""
-    dense, expert, shared, experts, heads = sizes
+    dense, expert, shared, experts, hidden, heads = sizes
     first = pattern.index(1) if 1 in pattern else len(pattern)
     if not all(pattern[first:]):
         raise s.error(
@@ -233,7 +233,8 @@ def _of_deepseek(
         channels = s.whole("kv-channels", "model.config.head_dim")
         s.on("add-qkv-bias", "model.config.attention_bias")
         return config | {
-            "head_dim": channels, "use_qk_norm": s.has("qk-layernorm"), "attention_bias": s.has("add-qkv-bias"),
+            "head_dim": channels or hidden // heads, "use_qk_norm": s.has("qk-layernorm"),
+            "attention_bias": s.has("add-qkv-bias"),
         }  # fmt: skip
     s.say("kv-channels", "not read with latent attention, whose widths are below", NO_EFFECT)
     if not s.has("q-lora-rank"):
@@ -626,20 +627,39 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     kind = s.word("optimizer", "optimizer.kind", {"adam": "", "sgd": "", "muon": "", "dist_muon": ""})
     if kind == "sgd":
         s.assume("--optimizer", "sgd", "no equal here: adamw is planned")
-    rate, least = s.real("lr", "optimizer.lr"), s.real("min-lr", "optimizer.min_lr_ratio")
-    betas = [s.real(f"adam-beta{i}", "optimizer.betas") for i in (1, 2)]
-    found = {
-        "kind": "muon" if kind and "muon" in kind else "adamw", "lr": rate,
-        "min_lr_ratio": None if not rate or least is None else float(f"{least / rate:.6g}"),
-        "betas": [betas[0] or 0.9, betas[1] or 0.999] if any(betas) else None,
-        "eps": s.real("adam-eps", "optimizer.eps"),
-        "weight_decay": s.real("weight-decay", "optimizer.weight_decay"),
-        "clip_norm": s.real("clip-grad", "optimizer.clip_norm") or None,
+    found: dict[str, Any] = {
+        "kind": "muon" if kind and "muon" in kind else "adamw", "lr": s.real("lr", "optimizer.lr"),
+        "min_lr_ratio": _least_rate(s), "eps": s.real("adam-eps", "optimizer.eps"),
+        "weight_decay": _or_default(s, "weight-decay", "optimizer.weight_decay", 0.01),
     }  # fmt: skip
+    first = s.real("adam-beta1", "optimizer.betas")
+    found["betas"] = [0.9 if first is None else first, _or_default(s, "adam-beta2", "optimizer.betas", 0.999)]
+    clip = s.real("clip-grad", "optimizer.clip_norm, null for 0")
+    found = {key: value for key, value in found.items() if value is not None}
+    return found | ({"clip_norm": clip or None} if "clip-grad" in s.found else {})
+
+
+def _least_rate(s: Settings) -> float | None:
+    """The final over the peak learning rate; None: the file has a final one alone."""
     style = s.word("lr-decay-style", "optimizer.min_lr_ratio; decay is by a cosine here")
+    if style == "constant":
+        s.say("min-lr", "the rate is constant", NO_EFFECT)
+        return 1.0
     if style not in (None, "cosine"):
         s.assume("--lr-decay-style", style, "no equal here: the rate falls by a cosine")
-    return {key: value for key, value in found.items() if value is not None}
+    rate, least = s.real("lr", "optimizer.lr"), _or_default(s, "min-lr", "optimizer.min_lr_ratio", 0.0)
+    if not least:
+        return 0.0
+    return float(f"{least / rate:.6g}") if rate else None
+
+
+def _or_default(s: Settings, key: str, becomes: str, default: float) -> float:
+    """A number, or Megatron-Core's default, which is not that of `conf/optimizer`."""
+    value = s.real(key, becomes)
+    if value is None:
+        value = default
+        s.assume(f"--{key}", value, "Megatron-Core's default")
+    return value
 
 
 def _warmup(s: Settings, batch: int, steps: int | None) -> int:

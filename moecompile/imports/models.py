@@ -105,7 +105,7 @@ def shipped(conf: Path, architecture: str, config: Mapping[str, Any]) -> tuple[s
     for name, model in _options(conf):
         theirs = model.get("config", {})
         if model.get("architecture") == architecture and all(
-            _same(theirs.get(key), value) for key, value in config.items() if key not in NOT_WIDTHS
+            theirs.get(key) == value for key, value in config.items() if key not in NOT_WIDTHS
         ):
             return name, theirs
     return None
@@ -116,7 +116,3 @@ def _options(conf: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         text = path.read_text(encoding="utf-8")
         if "device: meta" in text:  # a published model
             yield path.stem, load_yaml(text)
-
-
-def _same(theirs: Any, value: Any) -> bool:
-    return value is None or theirs == value

@@ -3,9 +3,10 @@
 Algorithm:
   1. One scan over the characters takes out comments and here-documents, joins continued lines, and packs arithmetic and
      command substitutions into single marks, because they hold blanks and parentheses.                     -> `_plain`
-  2. `shlex` splits the rest into words.                                                                   -> `_words`
+  2. `shlex` splits the rest into words; redirections are left out.                      -> `_words`, `_redirected`
   3. The commands, in order. An assignment sets a variable; one that the caller gives is not changed. A branch is taken
-     if its test compares plain words. What is in loops, functions and other branches is not read, and said.
+     if its test compares plain words, and so is what follows `[ TEST ] &&` or `||`; where such a test is not decided,
+     the names that it guards have no value. What is in loops, functions and other branches is not read, and said.
                                                                                                            -> `_Reader`
   4. The flags are those of the command with the most of them; without such a command, those of all lists.
                                                                                                      -> `read_script`
@@ -28,8 +29,11 @@ from moecompile.imports.settings import Setting
 Word = tuple[str, int]
 """A word and its line."""
 _CONTINUED, _OPEN, _CLOSE, _COMMAND, _UNSET, _END = "\x01", "\x02", "\x03", "\x04", "\x05", "\x06"
+_REDIRECT = "\x0f"
 _PACKED, _UNPACKED = str.maketrans("()", "\x07\x0e"), str.maketrans("\x07\x0e", "()")
 _BREAKS = ("\n", ";", "&", "|")
+_LISTS = ("&&", "||")
+_TESTS = {"[": "]", "[[": "]]"}
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _DECLARES = ("export", "local", "declare", "readonly", "typeset")
 _REFERS = re.compile(r"\$\{(\w+)(?:(:?[-=+])([^${}]*))?\}|\$\{(\w+)\[[@*]\]\}|\$(\w+|@|\*)")
@@ -65,7 +69,7 @@ def read_script(text: str, given: Mapping[str, str], path: str) -> Script:
     """
     try:
         reader = _Reader(given)
-        reader.run(list(_words(_plain(text))))
+        reader.run(_redirected(list(_words(_plain(text)))))
         return _script(reader, text, path)
     except ValueError as error:
         raise ConfigError("file", path, f"is no shell script that can be read: {error}", "Correct the file") from None
@@ -137,7 +141,7 @@ def _plain(text: str) -> str:
             skipped, at = _here_document(text, match)
             out.append("\n" * skipped)
             continue
-        out.append(char)
+        out.append(_REDIRECT if not quote and char in "<>" else char)
         at += 1
     return "".join(out)
 
@@ -179,7 +183,7 @@ def _words(plain: str) -> Iterator[Word]:
     lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t\r", "", True
     line = 1
     for token in lexer:
-        if set(token) <= set("();&|\n"):
+        if token and set(token) <= set("();&|\n"):
             for char in token:
                 yield char, line
                 line += char == "\n"
@@ -188,6 +192,31 @@ def _words(plain: str) -> Iterator[Word]:
         else:
             yield token, line
             line += token.count("\n") + token.count(_CONTINUED)
+
+
+def _redirected(words: Sequence[Word]) -> list[Word]:
+    """The words but `> FILE`, `2>&1`, `&>FILE` and `< FILE`, which are none of the command's."""
+    out: list[Word] = []
+    at = 0
+    while at < len(words):
+        (word, line), at = words[at], at + 1
+        head, sign, target = word.partition(_REDIRECT)
+        if not sign or (head and not head.isdigit()):
+            out.append((head, line))
+        if sign and not head and _signs(out, len(out) - 1, 1) == "&" and _signs(out, len(out) - 2, 2) != "&&":
+            out.pop()
+        if sign and not target.strip(_REDIRECT):
+            at = _target_end(words, at)
+    return out
+
+
+def _target_end(words: Sequence[Word], at: int) -> int:
+    """The place behind what a redirection names: `FILE`, `&1`, or `>(COMMAND)`."""
+    while at < len(words) and words[at][0].strip("&|" + _REDIRECT) == "":
+        at += 1
+    if _signs(words, at, 1) == "(":
+        return next((place + 1 for place in range(at, len(words)) if words[place][0] == ")"), len(words))
+    return at if _signs(words, at, 1) in ("\n", ";", ")") else at + 1
 
 
 # -- step 3: commands ----------------------------------------------------------------------------------------------
@@ -200,6 +229,7 @@ class _Reader:
         self.given = dict(given)
         self.variables: dict[str, tuple[str, int]] = {name: (value, 0) for name, value in given.items()}
         self.arrays: dict[str, list[Word]] = {}
+        self.undecided: set[str] = set()
         self.commands: list[list[Word]] = []
         self.unread: list[tuple[int, str, str]] = []
 
@@ -207,7 +237,9 @@ class _Reader:
         at = 0
         while at < len(words):
             word, line = words[at]
-            if word in (*_BREAKS, "(", ")", "{", "}", "then", "fi", "do", "done"):
+            if end := _test_end(words, at):
+                at = self._guarded(words, end, self._holds(words[at:end]))
+            elif word in (*_BREAKS, "(", ")", "{", "}", "then", "fi", "do", "done"):
                 at += 1
             elif word == "if":
                 at = self._branch(words, at)
@@ -215,7 +247,7 @@ class _Reader:
                 end = _closing(words, at, {"case": "esac"}.get(word, "done"))
                 self._skip(words[at:end], line, f"within `{word}`, which is not run")
                 at = end
-            elif word == "function" or [each for each, _ in words[at + 1 : at + 3]] == ["(", ")"]:
+            elif word == "function" or (_signs(words, at + 1, 2) == "()" and not word.endswith("=")):
                 end = _braces(words, at)
                 self._skip(words[at:end], line, "within a function, which is not run")
                 at = end
@@ -241,6 +273,33 @@ class _Reader:
             self.commands.append(command)
         return at
 
+    def _guarded(self, words: Sequence[Word], at: int, holds: bool | None) -> int:
+        """What follows a test after `&&` and `||`, up to the end of this list. Commands that are run succeed."""
+        while (sign := _signs(words, at, 2)) in _LISTS:
+            at += 2
+            while at < len(words) and words[at][0] == "\n":
+                at += 1
+            end = _command_end(words, at)
+            body = words[at:end]
+            if holds is None:
+                self._undecided(body)
+            elif holds == (sign == "&&"):
+                is_test = bool(body) and _test_end(body, 0) == len(body)
+                holds = self._holds(body) if is_test else True
+                self.run([] if is_test else body)
+            at = end
+        return at
+
+    def _undecided(self, words: Sequence[Word]) -> None:
+        """Names that these words assign have no value from here on, so that who needs one refuses it."""
+        for place, (word, line) in enumerate(words):
+            match = _ASSIGNED.fullmatch(word)
+            if match and match[1] not in self.given and words[place + 1 : place + 2] != [("(", line)]:
+                self.variables[match[1]] = (f"{_UNSET}{match[1]}{_END}", line)
+                self.undecided.add(match[1])
+        if words:
+            self._skip(words, words[0][1], "after a test that is not decided")
+
     def _array(self, words: Sequence[Word], at: int, match: re.Match[str]) -> int:
         values: list[Word] = []
         while at < len(words) and words[at][0] != ")":
@@ -258,6 +317,8 @@ class _Reader:
             self.arrays[name].append((value, line))
             return
         before = self.variables.get(name, ("", line))[0] if adds else ""
+        if not adds:
+            self.undecided.discard(name)
         self.variables[name] = (before + value, line)
 
     def _branch(self, words: Sequence[Word], at: int) -> int:
@@ -277,6 +338,13 @@ class _Reader:
     def _holds(self, test: Sequence[Word]) -> bool | None:
         """Whether a test of plain words holds; a name without a value is empty, as in a shell. None: not known."""
         texts = [self._tested(word) for word, _ in test if word not in ("\n", ";")]
+        denied = texts[:1] == ["!"]
+        holds = self._bracketed(texts[denied:])
+        return None if holds is None else holds != denied
+
+    def _bracketed(self, texts: list[str | None]) -> bool | None:
+        if texts[:1] == ["test"]:
+            texts = ["[", *texts[1:], "]"]
         if len(texts) < 3 or (texts[0], texts[-1]) not in (("[", "]"), ("[[", "]]")):
             return None
         inner = texts[1:-1]
@@ -301,7 +369,10 @@ class _Reader:
         return None
 
     def _tested(self, word: str) -> str | None:
-        text = re.sub(f"{_UNSET}[^{_END}]*{_END}", "", self.expand(word))
+        text = self.expand(word)
+        if self.undecided.intersection(_missing(text)):
+            return None
+        text = re.sub(f"{_UNSET}[^{_END}]*{_END}", "", text)
         return None if _COMMAND in text or "$" in text else text
 
     def _skip(self, words: Sequence[Word], line: int, why: str) -> None:
@@ -419,6 +490,41 @@ def _closing(words: Sequence[Word], at: int, end: str) -> int:
         if not depth:
             return place + 1
     return len(words)
+
+
+def _test_end(words: Sequence[Word], at: int) -> int:
+    """The place behind `[ ... ]`, `[[ ... ]]`, `test ...` or `(( ... )) &&`; 0: there is none of them here."""
+    first = at + (words[at][0] == "!")
+    word = words[first][0] if first < len(words) else ""
+    if word == "test":
+        return next((place for place in range(first, len(words)) if words[place][0] in _BREAKS), len(words))
+    if _signs(words, first, 2) == "((":  # without `&&` or `||`: arithmetic, or subshells
+        end = next((place + 2 for place in range(first, len(words)) if _signs(words, place, 2) == "))"), 0)
+        return end if _signs(words, end, 2) in _LISTS else 0
+    if word not in _TESTS:
+        return 0
+    return next((place + 1 for place in range(first, len(words)) if words[place][0] == _TESTS[word]), 0)
+
+
+def _signs(words: Sequence[Word], at: int, count: int) -> str:
+    return "".join(word for word, _ in words[at : at + count])
+
+
+def _command_end(words: Sequence[Word], at: int) -> int:
+    """The place behind a command of a list: a test, a group, a compound, or up to `;`, `&` or `||`, with its pipes."""
+    ends = {"if": "fi", "for": "done", "while": "done", "until": "done", "case": "esac"}
+    if at < len(words) and (end := _test_end(words, at)):
+        at = end
+    elif at < len(words) and words[at][0] in ends:
+        at = _closing(words, at, ends[words[at][0]])
+    depth = 0
+    while at < len(words):
+        word = words[at][0]
+        depth += (word in ("(", "{")) - (word in (")", "}"))
+        if depth < 0 or (not depth and (word in ("\n", ";", "&") or _signs(words, at, 2) == "||")):
+            return at
+        at += 1
+    return at
 
 
 def _braces(words: Sequence[Word], at: int) -> int:

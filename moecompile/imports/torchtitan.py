@@ -318,8 +318,12 @@ def _optimizer(s: Settings) -> dict[str, Any]:
 
 
 def _trainer(s: Settings) -> dict[str, Any]:
-    key = "activation_checkpoint.mode" if "activation_checkpoint.mode" in s.found else "activation_checkpoint.kind"
+    kinds = ("activation_checkpoint.mode", "activation_checkpoint.kind", "activation_checkpoint")
+    key = next((each for each in kinds if each in s.found), kinds[0])
     mode = s.word(key, "trainer.checkpointing") or "none"
+    if key not in s.found:
+        mode = "selective"
+        s.assume(key, mode, "torchtitan's default")
     if mode.lower() not in _RECOMPUTED:
         raise s.error(key, "is not known", "Known are none, selective and full")
     checkpointing = _RECOMPUTED[mode.lower()]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecompile.errors import ConfigError
 
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ class Stored:
         return ConfigError("model.pretrained", self.folder, rule, fix)
 
     def _files(self) -> list[Path]:
-        """The files in the index, or all if there is no index."""
+        """`model.safetensors` alone, as transformers reads it, for save_pretrained leaves an older index beside it;
+        else the files in the index, or all if there is no index.
+        """
+        if (self.folder / _WHOLE).is_file():
+            return [self.folder / _WHOLE]
         if not (self.folder / _INDEX).is_file():
             if files := sorted(self.folder.glob("*.safetensors")):
                 return files

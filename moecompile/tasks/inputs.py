@@ -31,7 +31,7 @@ from moecompile.schema import (
     of_the_job,
 )
 
-_INDEX, TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
+_WHOLE, _INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 _SMALL = 2**18  # bytes of a text that is tokenized in no time
 _BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
 
@@ -110,7 +110,9 @@ def check_folder(folder: Path) -> None:
     _json(folder, path)
     index = folder / _INDEX
     files = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
+    if (folder / _WHOLE).is_file():  # transformers reads it alone, whatever is beside it
+        files = [folder / _WHOLE]
+    elif index.is_file():
         named = _json(folder, index).get("weight_map")
         if not isinstance(named, dict):
             raise _folder_error(folder, f"{_INDEX} has no weight_map", "Copy it again")

@@ -101,6 +101,44 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
     assert after[key] == value != before.get(key)
 
 
+@pytest.mark.parametrize(
+    ("names", "dense", "experts"),
+    [
+        ({"lora_target_linear": "true"}, "*", None),
+        ({"lora_target_parameters": "mlp.experts.down_proj"}, None, "*"),
+        ({"lora_target_linear": "true", "lora_target_parameters": "mlp.experts.down_proj"}, "*", "*"),
+        ({"lora_target_linear": "false", "lora_target_parameters": "mlp.experts.down_proj"}, None, "*"),
+        ({"lora_target_linear": "true", "lora_target_modules": "q_proj v_proj"}, "*", None),
+        ({"lora_target_modules": "q_proj v_proj"}, "*.self_attn.?_proj", None),
+    ],
+)
+def test_what_gets_adapters(names: dict[str, str], dense: str | None, experts: str | None) -> None:
+    values = flat(read(FOLDER / "qwen3_30ba3b_ep_fft_4gpu.yaml", adapter="lora", **names))
+    assert (values["dense"], values["experts"]) == (dense, experts)
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "value", "assumed"),
+    [
+        ({}, "seq_len", 512, "sequence_len 512"),
+        ({}, "precision", "bf16_params", "bf16 auto"),
+        ({"fp16": "false"}, "precision", "bf16_params", "bf16 auto"),
+        ({"bf16": "false", "fp16": "true"}, "precision", "bf16_params", None),
+        ({"bf16": "false", "fp16": "false"}, "precision", "fp32", "precision fp32"),
+    ],
+)
+def test_defaults_are_those_of_axolotl(
+    names: dict[str, str], key: str, value: object, assumed: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("base_model: Qwen/Qwen3-30B-A3B\nmicro_batch_size: 1\n")
+    found = read(path, **names)
+    assert found.workload[key] == value
+    rows = [f"{row.key} {row.value}" for row in found.rows if row.kind == "assumed"]
+    assert assumed in rows or (assumed is None and not {"bf16 auto", "precision fp32"} & set(rows))
+    assert not [row for row in found.rows if row.key in names and row.kind == "unknown"]
+
+
 def test_an_unknown_key_is_listed() -> None:
     found = read(FOLDER / "mixtral.yml", of_tomorrow="1")
     assert [row.key for row in found.rows if row.kind == "unknown"] == ["of_tomorrow"]

@@ -9,7 +9,7 @@ import pytest
 
 from moecompile.errors import ConfigError
 from moecompile.imports import Row
-from moecompile.models.build import build_model
+from moecompile.models.build import build_model, config_of
 from moecompile.schema import ModelConfig, ModelDevice
 from tests.imports.published import MEGATRON, draft, of, write
 
@@ -96,6 +96,24 @@ def test_widths_of_models_that_are_not_shipped(name: str, parameters: int, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "changed", "key", "value"),
+    [  # where transformers has another default: queries with a latent, heads of 64
+        ("deepseekv3_proxy", {"q_lora_rank": None}, "q_lora_rank", None),
+        ("deepseek_v3_gb200", {"q_lora_rank": None}, "q_lora_rank", None),  # so it is not model=deepseek_v3
+        ("mixtral_8x7b_tp2pp4ep4", {"quick_geglu": "true", "kv_channels": "128"}, "head_dim", 128),
+        ("mixtral_8x7b_tp2pp4ep4", {"quick_geglu": "true", "kv_channels": None}, "head_dim", 128),
+    ],
+)
+def test_none_of_a_script_is_not_the_default_of_transformers(
+    name: str, changed: dict[str, str | None], key: str, value: object, tmp_path: Path
+) -> None:
+    model = draft(of(name), tmp_path, **changed).model
+    assert isinstance(model, dict) and model["config"][key] == value
+    built = config_of(ModelConfig(name=name, architecture=model["architecture"], config=model["config"]))
+    assert getattr(built, key) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "key", "value"),
     [
         ("mixtral_8x22b_tp2pp8ep8", {"expert_model_parallel_size": "4"}, "ep", 4),
         ("mixtral_8x22b_tp2pp8ep8", {"expert_tensor_parallel_size": "1"}, "etp", 1),
@@ -131,6 +149,27 @@ def test_one_flag_changes_one_thing(
         assert after["losses"]["z"] == 1e-3 and "z" not in before["losses"]
         return
     assert after[key] == value != before.get(key)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "assumed"),
+    [
+        ({}, {"clip_norm": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.1, "min_lr_ratio": 0.1}, []),
+        ({"clip_grad": "0"}, {"clip_norm": None}, []),
+        ({"adam_beta1": "0", "weight_decay": "0"}, {"betas": [0.0, 0.95], "weight_decay": 0.0}, []),
+        ({"adam_beta1": None, "adam_beta2": None}, {"betas": [0.9, 0.999]}, ["--adam-beta2 0.999"]),
+        ({"weight_decay": None}, {"weight_decay": 0.01}, ["--weight-decay 0.01"]),
+        ({"min_lr": None}, {"min_lr_ratio": 0.0}, ["--min-lr 0.0"]),
+        ({"lr_decay_style": "constant", "min_lr": None}, {"min_lr_ratio": 1.0}, []),
+    ],
+)
+def test_the_optimizer(
+    changed: dict[str, str | None], expected: dict[str, Any], assumed: list[str], tmp_path: Path
+) -> None:
+    found = draft(of("mixtral_8x22b_tp2pp8ep8"), tmp_path, **changed)
+    assert {key: found.values["optimizer"][key] for key in expected} == expected
+    keys = ("--adam-beta2", "--weight-decay", "--min-lr")
+    assert [f"{row.key} {row.value}" for row in found.rows if row.kind == "assumed" and row.key in keys] == assumed
 
 
 def test_an_unknown_flag_is_listed(tmp_path: Path) -> None:

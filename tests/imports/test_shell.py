@@ -28,6 +28,7 @@ def values(script: Script) -> dict[str, str]:
         ("A=4; B=$((A * (2 + 1) / 2))\npython p.py --num-layers $B --x=1", {"num-layers": "6", "x": "1"}),
         ("R=(--num-layers 3\n # --y 1\n --x)\nR+=( --z 2 )\npython p.py ${R[@]}", {"num-layers": "3", "x": "true", "z": "2"}),
         ('R=" \\\n --num-layers 3 \\\n --x a b"\nR="$R --z 1"\npython p.py $R', {"num-layers": "3", "x": "a b", "z": "1"}),
+        ("R=()\nR+=(--num-layers 3 --x 1)\npython p.py ${R[@]}", {"num-layers": "3", "x": "1"}),
         ("python p.py --num-layers 1 --x '$A'", {"num-layers": "1", "x": "$A"}),
         ("python p.py --num-layers 1 --num-layers 2 --a_b 3", {"num-layers": "2", "a-b": "3"}),
         ("cat <<EOF\n--num-layers 9 --w 1\nEOF\npython p.py --num-layers 1 --x 2", {"num-layers": "1", "x": "2"}),
@@ -69,6 +70,56 @@ def test_a_branch_that_is_not_decided() -> None:
         "if grep -q x y; then\n X='--x 1'\nfi\nif grep a; then\n R+=(--y 1)\nfi\npython p.py --num-layers 1 --z 1"
     )
     assert values(script) == {"num-layers": "1", "z": "1"} and script.unread[0][:2] == (5, "--y")
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "2>&1 | tee log.txt", "> log", ">log", ">>log 2>&1", "2> log", "&> log", "&>> log", "2>&1 &", "< /dev/null", "1>&2",
+        "> >(tee -a log) 2>&1", '> "$L/a b" 2>&1', "2>/dev/null || true", ">| log",
+    ],
+)  # fmt: skip
+def test_redirections_are_no_values(redirection: str) -> None:
+    script = read(f"python p.py --num-layers 1 --x 2 --bf16 {redirection}\npython q.py --y 1")
+    assert values(script) == {"num-layers": "1", "x": "2", "bf16": "true"}
+    between = read(f"python p.py --num-layers 1 {redirection.partition('|')[0].rstrip('&')} --x 2")
+    assert values(between) == {"num-layers": "1", "x": "2"} or "|" in redirection
+
+
+def test_quoted_signs_are_values() -> None:
+    script = read("python p.py --num-layers 1 --x '>a' --y \"<b> 2>&1\" --z a\\>b")
+    assert values(script) == {"num-layers": "1", "x": ">a", "y": "<b> 2>&1", "z": "a>b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('M=0\nA=4\n[ "$M" = "1" ] && A=8', "4"),
+        ("M=0\nA=4\n[[ $M == 1 ]] && A=8 || A=6", "6"),
+        ("M=1\nA=4\n[[ $M == 1 ]] && A=8 || A=6", "8"),
+        ('A=4\n[ -n "$A" ] || A=8', "4"),
+        ('A=4\n[ "$B" = "" ] && A=8', "8"),
+        ('M=1\n[ -n "$A" ] || { A=8; }', "8"),
+        ("M=1\nA=4\ntest $M -gt 1 && A=8", "4"),
+        ("M=1\nA=4\n! [ $M -gt 1 ] &&\n A=8", "8"),
+        ("M=1\nA=4\n[ $M = 1 ] && [ $M = 2 ] && A=8; B=1", "4"),
+        ("M=1\nL=(4)\n[ $M = 2 ] && L=(\n8\n)\nA=$L", "4"),
+        ("M=1\nA=4\n[ $M = 2 ] && echo a | tee b && A=8\n[ $M = 2 ] && if [ $M = 1 ]; then A=9; fi", "4"),
+    ],
+)
+def test_what_a_test_guards(text: str, expected: str) -> None:
+    assert values(read(f"{text}\npython p.py --num-layers $A --x 1"))["num-layers"] == expected
+
+
+@pytest.mark.parametrize("test", ["[ -f a ]", "[[ $M == 1 && $M == 2 ]]", "(( M > 1 ))", "[ -f a ] && [ $M = 1 ]"])
+def test_what_a_test_guards_that_is_not_decided(test: str) -> None:
+    script = read(
+        f"M=1\nA=4\n{test} && A=8 B='--y 2'\n[ -n $A ] && C=9\npython p.py --num-layers $A --x $C --z ${{B:-3}}"
+    )
+    assert [script.settings[key].missing for key in ("num-layers", "x", "z")] == [("A",), ("C",), ("B",)]
+    said = read(f"R=()\n{test} && R+=(--y 2)\npython p.py --num-layers 1 --x 2 ${{R[@]}}")
+    assert values(said) == {"num-layers": "1", "x": "2"} and said.unread[0][:2] == (3, "--y")
+    assert values(read(f"{test} && A=8\nA=5\npython p.py --num-layers $A --x 1", M="1"))["num-layers"] == "5"
 
 
 def test_quotes_within_a_list_that_do_not_end() -> None:

@@ -125,6 +125,32 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
 
 
 @pytest.mark.parametrize(
+    ("ending", "text", "checkpointing", "assumed"),
+    [
+        ("toml", "", "auto", "selective"),
+        ("toml", "[activation_checkpoint]\nmode='none'\n", "none", None),
+        ("toml", "[activation_checkpoint]\nmode='full'\n", "full", None),
+        ("py", "", "auto", "selective"),
+        ("py", "activation_checkpoint=None", "none", None),
+        ("py", "activation_checkpoint=FullAC.Config()", "full", None),
+    ],
+)
+def test_checkpointing_is_selective_by_default(
+    ending: str, text: str, checkpointing: str, assumed: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{ending}"
+    path.write_text(
+        f"[model]\nname='gpt_oss'\nflavor='20b'\n[training]\nseq_len=64\n{text}"
+        if ending == "toml"
+        else f"def f():\n    return Trainer.Config(model_spec=m('20b'), training=T(seq_len=64), {text})\n"
+    )
+    found = read(path, config="f", model_name="gpt_oss")
+    assert found.values["trainer"]["checkpointing"] == checkpointing
+    rows = {row.key: row.value for row in found.rows if row.kind == "assumed"}
+    assert rows.get("activation_checkpoint.mode") == assumed
+
+
+@pytest.mark.parametrize(
     ("ending", "text", "rule"),
     [
         ("toml", "a = [", "is not valid TOML"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moecompile.models.build import build_empty, build_model
 from moecompile.models.pretrained import Pretrained
 from moecompile.models.stored import Stored
 from moecompile.schema import ModelConfig
+from moecompile.tasks.inputs import check_folder
 from tests.existing_models import moe_model
 from tests.models.import_job import write_pretrained
 from tests.models.test_sharded import dense
@@ -170,11 +172,25 @@ def test_all_experts_of_another_shape(copied: Callable[..., Path]) -> None:
 
 def test_an_expert_in_two_files(copied: Callable[..., Path]) -> None:
     folder = copied("deepseek_v3", lambda tensors: None)
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
     save_file({EXPERT: torch.zeros(32, 16)}, folder / "more.safetensors")
     with pytest.raises(
-        ConfigError, match=rf"{re.escape(EXPERT)} is in model\.safetensors and in more\.safetensors\. Remove one"
+        ConfigError, match=rf"{re.escape(EXPERT)} is in first\.safetensors and in more\.safetensors\. Remove one"
     ):
         opened(folder)
+
+
+def test_a_whole_file_beside_an_older_index(saved: Path, copied: Callable[..., Path]) -> None:
+    folder = copied("mixtral", lambda tensors: tensors["model.norm.weight"].fill_(7.0))
+    old = [shutil.copy(file, folder) for file in (saved / "mixtral").glob("model*") if file.name != "model.safetensors"]
+    assert any(name.endswith("index.json") for name in map(str, old))  # as save_pretrained leaves them
+    assert Stored(folder).read("model.norm.weight").unique().tolist() == [7.0]
+    whole = build_model(ModelConfig(pretrained=str(folder)), 0)
+    assert whole.state_dict()["model.norm.weight"].unique().tolist() == [7.0]
+    for name in map(Path, old):
+        if name.suffix == ".safetensors":
+            name.unlink()
+    check_folder(folder)
 
 
 def test_a_file_that_was_cut_off(copied: Callable[..., Path]) -> None:
@@ -189,6 +205,7 @@ def test_a_file_that_was_cut_off(copied: Callable[..., Path]) -> None:
 
 def test_a_file_that_the_index_names_and_that_is_not_there(saved: Path, copied: Callable[..., Path]) -> None:
     folder = copied("mixtral", lambda tensors: None)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00009.safetensors")
     index = {"weight_map": {MIXTRAL: "model-00009-of-00009.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
