@@ -146,11 +146,11 @@ class Pipeline:
         return list(chain.from_iterable(self.groups(index, micro_batches)))
 
     def in_flight(self, index: int, micro_batches: int) -> tuple[int, ...]:
-        """For each stage of the rank at `index`, micro-batches that are kept for backward when they are most together.
-
-        Together: all of its stages count, each with its own layers, at the same moment.
+        """For each stage of the rank at `index`, micro-batches that are kept for backward when their layers are most
+        together: those of all of its stages, at the same moment.
         """
-        return _in_flight(self.schedule, index, self.ranks, self.per_rank, steady(self.ranks, micro_batches))
+        layers = tuple(len(self.stages[i].layers) for i in self.stages_of(index))
+        return _in_flight(self.schedule, index, self.ranks, self.per_rank, steady(self.ranks, micro_batches), layers)
 
     def waits(self, micro_batches: int, backward: float) -> float:
         """Micro-batches for which a rank waits in a step. backward: its time over that of a forward."""
@@ -334,13 +334,16 @@ def steady(ranks: int, micro_batches: int) -> int:
 
 
 @cache  # a search asks for each layout
-def _in_flight(schedule: str, index: int, ranks: int, per_rank: int, micro_batches: int) -> tuple[int, ...]:
+def _in_flight(
+    schedule: str, index: int, ranks: int, per_rank: int, micro_batches: int, layers: tuple[int, ...]
+) -> tuple[int, ...]:
     now = dict.fromkeys(_stages_of(schedule, index, ranks, per_rank), 0)
-    most, total, highest = tuple(now.values()), 0, 0
+    weight = dict(zip(now, layers, strict=True))
+    most, total, highest = tuple(now.values()), (0, 0), (0, 0)  # layers, micro-batches
     for action in chain.from_iterable(SCHEDULES[schedule].order(index, ranks, per_rank, micro_batches)):
         change = 1 if action.is_forward else -1
         now[action.stage] += change
-        total += change
+        total = total[0] + change * weight[action.stage], total[1] + change
         if total > highest:
             most, highest = tuple(now.values()), total
     return most

@@ -94,6 +94,22 @@ def test_what_is_kept_of_many_micro_batches_is_that_of_fewer(per_rank: int, sche
             assert of.in_flight(index, number) == max(counts, key=sum), (ranks, index, number)
 
 
+@pytest.mark.parametrize(("per_rank", "schedule"), [(2, AUTO), (3, AUTO), (2, "dualpipev")])
+def test_of_unequal_stages_the_moment_with_the_most_layers_counts(per_rank: int, schedule: str) -> None:
+    for ranks in (2, 3):
+        of = pipeline(ranks, per_rank, schedule)
+        sizes = [1 + 7 * i % 5 for i in range(len(of.stages))]
+        units = [tuple(Unit(path=f"{i}.{j}", is_layer=True, form="") for j in range(n)) for i, n in enumerate(sizes)]
+        of = replace(of, stages=tuple(Stage(units=each) for each in units))
+        for index, number in product(range(ranks), (1, 2, 5, 4 * ranks, 20 * ranks + 1)):
+            kept, most = dict.fromkeys(of.stages_of(index), 0), 0
+            for action in of.order(index, number):
+                kept[action.stage] += 1 if action.is_forward else -1
+                most = max(most, sum(times * sizes[stage] for stage, times in kept.items()))
+            found = zip(of.stages_of(index), of.in_flight(index, number), strict=True)
+            assert sum(times * sizes[stage] for stage, times in found) == most, (ranks, index, number)
+
+
 @pytest.mark.parametrize(("ranks", "per_rank"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3)])
 def test_how_long_ranks_wait(ranks: int, per_rank: int) -> None:
     """What is in closed form, beside the order that is run."""
