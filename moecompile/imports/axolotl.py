@@ -19,11 +19,13 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import named, taken
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
+from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
 from moecompile.imports.yaml_file import leaves, mapping_of
+from moecompile.schema import OptimizerConfig
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _PER_NODE = 8
+_NAME = "axolotl"
 _SIZES = ("dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 
 
@@ -44,7 +46,9 @@ def read_axolotl(path: Path, text: str, caller: Caller) -> Draft:
         raise ConfigError("file", path, "is no config of axolotl: it has no base_model with a batch or data", fix)
     model = _model(s, caller)
     layout, mesh = _layout(s, caller)
-    values = {"mesh": mesh, "optimizer": _optimizer(s), "trainer": _trainer(s), "adapters": _adapters(s)}
+    trainer = _trainer(s)
+    optimizer = _optimizer(s) | _schedule(s, trainer.get("max_steps"))
+    values = {"mesh": mesh, "optimizer": optimizer, "trainer": trainer, "adapters": _adapters(s)}
     name = re.sub(r"\W+", "_", path.stem).strip("_").lower()
     draft = Draft(name=name, model=model, **layout, stack="runtime", values={k: v for k, v in values.items() if v})
     draft.rows = s.finish()
@@ -173,22 +177,45 @@ def _optimizer(s: Settings) -> dict[str, Any]:
         s.assume("optimizer", kind, "no equal here: adamw is planned")
     found: dict[str, Any] = {
         "kind": "muon" if kind.startswith("muon") else "adamw", "lr": s.real("learning_rate", "optimizer.lr"),
-        "weight_decay": s.real("weight_decay", "optimizer.weight_decay"),
+        "weight_decay": s.real_or("weight_decay", "optimizer.weight_decay", 0.0, _NAME),
         "eps": s.real("adam_epsilon", "optimizer.eps"),
         "clip_norm": s.real("max_grad_norm", "optimizer.clip_norm"),
     }  # fmt: skip
-    betas = [s.real(f"adam_beta{i}", "optimizer.betas") for i in (1, 2)]
-    if any(betas):
-        found["betas"] = [betas[0] or 0.9, betas[1] or 0.999]
-    steps = s.real("warmup_steps", "optimizer.warmup_steps")
-    if steps is not None and steps >= 1:
-        found["warmup_steps"] = int(steps)
-    style = s.word("lr_scheduler", "optimizer.min_lr_ratio")
-    if style in ("constant_with_warmup", "constant"):
-        found["min_lr_ratio"] = 1.0
-    elif style not in (None, "cosine"):
-        s.assume("lr_scheduler", style, "no equal here: the rate falls by a cosine")
+    first = s.real("adam_beta1", "optimizer.betas")
+    second = s.real_or("adam_beta2", "optimizer.betas", 0.999, _NAME)
+    found["betas"] = [0.9 if first is None else first, second]
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _schedule(s: Settings, steps: int | None) -> dict[str, Any]:
+    """Warm-up and the final rate. steps: of the run; None: the data say them."""
+    style = s.word("lr_scheduler", "optimizer.min_lr_ratio") or "cosine"
+    if style in ("constant_with_warmup", "constant"):
+        least = 1.0
+        s.say("cosine_min_lr_ratio", "the rate is constant", NO_EFFECT)
+    else:
+        least = s.real_or("cosine_min_lr_ratio", "optimizer.min_lr_ratio", 0.0, _NAME)
+    if style not in ("constant_with_warmup", "constant", "cosine"):
+        s.assume("lr_scheduler", style, "no equal here: the rate falls by a cosine")
+    return {"min_lr_ratio": least} | _warmup(s, steps)
+
+
+def _warmup(s: Settings, steps: int | None) -> dict[str, int]:
+    """Steps; below 1 a share of them; without, 3% of them and at most 100 (axolotl's trainer builder)."""
+    given = s.real("warmup_steps", "optimizer.warmup_steps")
+    share = s.real("warmup_ratio", "optimizer.warmup_steps: of trainer.max_steps")
+    if given is not None and (given >= 1 or given == 0):
+        return warmup_of(s, "warmup_steps", int(given), steps)
+    share = share if given is None else given
+    if steps is None:
+        ours = OptimizerConfig().warmup_steps
+        what = "3% of the steps, axolotl's default" if share is None else f"{share:g} of the steps"
+        s.assume("optimizer.warmup_steps", ours, f"warm-up is {what}, which the data say: give set.max_steps")
+        return {}
+    if share is None:
+        s.assume("warmup_ratio", 0.03, "axolotl's default, and at most 100 steps")
+        return {"warmup_steps": min(int(0.03 * steps), 100)}
+    return {"warmup_steps": int(share * steps)}
 
 
 def _adapters(s: Settings) -> dict[str, Any]:
@@ -245,9 +272,10 @@ FATES: dict[str, tuple[str, str]] = {
         "fsdp_config.reshard_after_forward", "fsdp_config.backward_prefetch", "liger_glu_activation", "liger_rms_norm",
         "liger_layer_norm", "liger_rope", "liger_fused_linear_cross_entropy", "is_mistral_derived_model",
         "is_falcon_derived_model", "ddp_timeout", "ddp_find_unused_parameters", "flex_attn_compile_kwargs.dynamic",
-        "flex_attn_compile_kwargs.mode", "lora_model_dir", "warmup_ratio", "cosine_min_lr_ratio",
+        "flex_attn_compile_kwargs.mode", "lora_model_dir",
         "llama4_linearized_experts",
     ), _STARTS),
+    "cosine_constant_lr_ratio": (NO_EQUAL, "the rate falls to the last step here"),
     "fsdp_config.offload_params": (NO_EQUAL, "weights stay on the GPU here, which needs more memory"),
     "activation_offloading": (NO_EQUAL, "activations stay on the GPU here, which needs more memory"),
     "unfrozen_parameters": (NO_EQUAL, "adapters or all weights are trained here; all are planned"),

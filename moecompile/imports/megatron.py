@@ -22,12 +22,13 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import shipped, vocabulary
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
+from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
 from moecompile.imports.shell import expanded, read_script
 from moecompile.imports.yaml_file import leaves, mapping_of
 
 _NODES = ("NNODES", "NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "NODES")
 _PER_NODE = ("GPUS_PER_NODE", "NPROC_PER_NODE", "NUM_GPUS", "N_TASKS_PER_NODE")
+_NAME = "Megatron-Core"
 _RACK = 64  # GPUs of an NVL72 rack that EP groups of published runs use
 DISPATCHERS = {"alltoall": "alltoall", "alltoall_seq": "alltoall", "allgather": "allgather", "flex": "deepep"}
 BALANCE = {"aux_loss": "micro_batch", "seq_aux_loss": "sequence", "global_aux_loss": "global_batch"}
@@ -596,7 +597,7 @@ def _training(s: Settings, layout: Mapping[str, Any]) -> dict[str, dict[str, Any
         values["routing"] = {"capacity_factor": factor, "drop": "position" if policy == "position" else "score"}
     s.say("moe-token-drop-policy", "drops nothing without a capacity", NO_EFFECT)
     steps = values["trainer"].get("max_steps")
-    values["optimizer"]["warmup_steps"] = _warmup(s, int(layout["workload"]["global_batch_size"]), steps)
+    values["optimizer"] |= _warmup(s, int(layout["workload"]["global_batch_size"]), steps)
     return {group: each for group, each in values.items() if each}
 
 
@@ -630,10 +631,10 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": "muon" if kind and "muon" in kind else "adamw", "lr": s.real("lr", "optimizer.lr"),
         "min_lr_ratio": _least_rate(s), "eps": s.real("adam-eps", "optimizer.eps"),
-        "weight_decay": _or_default(s, "weight-decay", "optimizer.weight_decay", 0.01),
+        "weight_decay": s.real_or("weight-decay", "optimizer.weight_decay", 0.01, _NAME),
     }  # fmt: skip
     first = s.real("adam-beta1", "optimizer.betas")
-    found["betas"] = [0.9 if first is None else first, _or_default(s, "adam-beta2", "optimizer.betas", 0.999)]
+    found["betas"] = [0.9 if first is None else first, s.real_or("adam-beta2", "optimizer.betas", 0.999, _NAME)]
     clip = s.real("clip-grad", "optimizer.clip_norm, null for 0")
     found = {key: value for key, value in found.items() if value is not None}
     return found | ({"clip_norm": clip or None} if "clip-grad" in s.found else {})
@@ -647,28 +648,19 @@ def _least_rate(s: Settings) -> float | None:
         return 1.0
     if style not in (None, "cosine"):
         s.assume("--lr-decay-style", style, "no equal here: the rate falls by a cosine")
-    rate, least = s.real("lr", "optimizer.lr"), _or_default(s, "min-lr", "optimizer.min_lr_ratio", 0.0)
+    rate, least = s.real("lr", "optimizer.lr"), s.real_or("min-lr", "optimizer.min_lr_ratio", 0.0, _NAME)
     if not least:
         return 0.0
     return float(f"{least / rate:.6g}") if rate else None
 
 
-def _or_default(s: Settings, key: str, becomes: str, default: float) -> float:
-    """A number, or Megatron-Core's default, which is not that of `conf/optimizer`."""
-    value = s.real(key, becomes)
-    if value is None:
-        value = default
-        s.assume(f"--{key}", value, "Megatron-Core's default")
-    return value
-
-
-def _warmup(s: Settings, batch: int, steps: int | None) -> int:
+def _warmup(s: Settings, batch: int, steps: int | None) -> dict[str, int]:
     """Steps of warm-up, from one of three flags; none without, as in Megatron-Core."""
     iterations = s.whole("lr-warmup-iters", "optimizer.warmup_steps", least=0)
     samples = s.whole("lr-warmup-samples", "optimizer.warmup_steps: over the sequences of a step", least=0)
     fraction = s.real("lr-warmup-fraction", "optimizer.warmup_steps: of trainer.max_steps")
     found = iterations or (samples or 0) // batch or round((fraction or 0.0) * (steps or 0))
-    return found if steps is None else min(found, steps)
+    return warmup_of(s, "its warm-up", found, steps)
 
 
 def _steps(s: Settings, layout: Mapping[str, Any]) -> dict[str, Any]:

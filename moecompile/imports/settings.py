@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moecompile.errors import ConfigError
+from moecompile.schema import OptimizerConfig, TrainerConfig
 
 TAKEN, ASSUMED, NO_EQUAL, NO_EFFECT, UNKNOWN = "taken", "assumed", "no equal here", "no effect here", "unknown"
 KINDS = (TAKEN, ASSUMED, NO_EQUAL, UNKNOWN, NO_EFFECT)
@@ -84,6 +85,14 @@ class Settings:
     def real(self, key: str, becomes: str, kind: str = TAKEN) -> float | None:
         """A number, or None without the key."""
         return self._number(key, becomes, kind, float, "a number")
+
+    def real_or(self, key: str, becomes: str, default: float, whose: str) -> float:
+        """A number, or the other system's default, which the report says: ours is another one."""
+        value = self.real(key, becomes)
+        if value is None:
+            value = default
+            self.assume(self.spelled(key), value, f"{whose}'s default")
+        return value
 
     def word(self, key: str, becomes: str, known: Mapping[str, Any] | None = None, kind: str = TAKEN) -> str | None:
         """A text, or None without the key.
@@ -184,6 +193,20 @@ class Caller:
 
 
 _MACHINES = ("gb300", "gb200", "b300", "b200", "h200", "h800", "h100", "a100")
+
+
+def warmup_of(settings: Settings, key: str, warmup: int, steps: int | None) -> dict[str, int]:
+    """`optimizer.warmup_steps`, at most the steps of the run. Where the file does not say those, the run has as many as
+    our runs have, and a longer warm-up is left out, which the report says.
+    """
+    if steps is not None:
+        return {"warmup_steps": min(warmup, steps)}
+    ours = TrainerConfig().max_steps
+    if warmup <= ours:
+        return {"warmup_steps": warmup}
+    text = f"the file does not say its steps, and a run has {ours} here: give trainer.max_steps with it"
+    settings.assume("optimizer.warmup_steps", OptimizerConfig().warmup_steps, f"{key} is {warmup}, and {text}")
+    return {}
 
 
 def machine_of(settings: Settings, caller: Caller) -> str:

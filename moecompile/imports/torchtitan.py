@@ -23,7 +23,8 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import named, taken
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of
+from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
+from moecompile.schema import OptimizerConfig
 
 _FLAVORS = {
     ("deepseek_v3", "16b"): "deepseek-v2-lite", ("deepseek_v3", "236b"): "deepseek-v2",
@@ -36,6 +37,7 @@ _RECOMPUTED = {"none": "none", "full": "full", "selective": "auto", "fullac": "f
 _BACKENDS = {"standard": "alltoall", "deepep": "deepep", "hybridep": "hybridep"}
 _LONG_SECTIONS = ("activation_checkpoint", "lr_scheduler")
 _PER_NODE = 8
+_NAME = "torchtitan"
 
 
 def read_torchtitan(path: Path, text: str, caller: Caller) -> Draft:
@@ -57,7 +59,8 @@ def read_torchtitan(path: Path, text: str, caller: Caller) -> Draft:
     model = _model(s, caller)
     layout = _layout(s, caller)
     stack, values = _stack(s, layout)
-    values |= {"optimizer": _optimizer(s), "trainer": _trainer(s)}
+    trainer = _trainer(s)
+    values |= {"optimizer": _optimizer(s) | _schedule(s, trainer["max_steps"]), "trainer": trainer}
     name = caller.names.get("config", path.stem)
     draft = Draft(name=re.sub(r"\W+", "_", name).lower(), model=model, **layout, stack=stack, values=values)
     draft.rows = s.finish()
@@ -302,19 +305,42 @@ def _optimizer(s: Settings) -> dict[str, Any]:
     if kind not in ("adamw", "muon"):
         s.assume("optimizer.name", kind, "no equal here: adamw is planned")
     found = {
-        "kind": "muon" if kind == "muon" else "adamw", "lr": s.real("optimizer.lr", "optimizer.lr"),
+        "kind": "muon" if kind == "muon" else "adamw", "lr": s.real_or("optimizer.lr", "optimizer.lr", 8e-4, _NAME),
         "eps": s.real("optimizer.eps", "optimizer.eps"),
         "weight_decay": s.real("optimizer.weight_decay", "optimizer.weight_decay"),
-        "clip_norm": s.real("training.max_norm", "optimizer.clip_norm"),
-        "warmup_steps": s.whole("lr_scheduler.warmup_steps", "optimizer.warmup_steps", least=0),
-        "min_lr_ratio": s.real("lr_scheduler.min_lr_factor", "optimizer.min_lr_ratio"),
+        "clip_norm": s.real("training.max_norm", "optimizer.clip_norm"), "betas": _betas(s),
     }  # fmt: skip
-    style = s.word("lr_scheduler.decay_type", "optimizer; decay is by a cosine here")
-    if style not in (None, "cosine"):
-        s.assume("lr_scheduler.decay_type", style, "no equal here: the rate falls by a cosine")
-    if found["min_lr_ratio"] is None:
-        found["min_lr_ratio"] = s.real("lr_scheduler.lr_min", "optimizer.min_lr_ratio")
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _betas(s: Settings) -> list[float] | None:
+    """From `betas`, or from the older `beta1` and `beta2`; None: torchtitan's default, which is ours."""
+    both = s.word("optimizer.betas", "optimizer.betas")
+    if both is not None:
+        try:
+            first, second = map(float, both.strip("()").replace(",", " ").split())
+        except ValueError:
+            raise s.error("optimizer.betas", "must be two numbers", "Correct the file") from None
+        return [first, second]
+    older = [s.real(f"optimizer.beta{i}", "optimizer.betas") for i in (1, 2)]
+    if older == [None, None]:
+        return None
+    return [default if beta is None else beta for beta, default in zip(older, OptimizerConfig().betas, strict=True)]
+
+
+def _schedule(s: Settings, steps: int) -> dict[str, Any]:
+    """Warm-up and the final rate, by torchtitan's defaults."""
+    warmup = s.whole("lr_scheduler.warmup_steps", "optimizer.warmup_steps", least=0)
+    if warmup is None:
+        warmup = 200
+        s.assume("lr_scheduler.warmup_steps", warmup, "torchtitan's default")
+    style = s.word("lr_scheduler.decay_type", "optimizer; decay is by a cosine here")
+    if style != "cosine":
+        s.assume("lr_scheduler.decay_type", style or "linear", "no equal here: the rate falls by a cosine")
+    older = s.real("lr_scheduler.lr_min", "optimizer.min_lr_ratio")
+    newer = "lr_scheduler.min_lr_factor"
+    least = older if older is not None else s.real_or(newer, "optimizer.min_lr_ratio", 0.0, _NAME)
+    return {"min_lr_ratio": least} | warmup_of(s, "lr_scheduler.warmup_steps", warmup, steps)
 
 
 def _trainer(s: Settings) -> dict[str, Any]:
@@ -329,10 +355,11 @@ def _trainer(s: Settings) -> dict[str, Any]:
     checkpointing = _RECOMPUTED[mode.lower()]
     if checkpointing == "auto":
         s.assume("activation_checkpoint", mode, "no equal here: trainer.checkpointing=auto recomputes whole layers")
-    found: dict[str, Any] = {"checkpointing": checkpointing}
-    if (steps := s.whole("training.steps", "trainer.max_steps")) is not None:
-        found["max_steps"] = steps
-    return found
+    steps = s.whole("training.steps", "trainer.max_steps")
+    if steps is None:
+        steps = 10_000
+        s.assume("training.steps", steps, "torchtitan's default")
+    return {"checkpointing": checkpointing, "max_steps": steps}
 
 
 _LOGS = (NO_EFFECT, "logs, profiles, checkpoints and validation")
@@ -358,7 +385,7 @@ FATES: dict[str, tuple[str, str]] = {
     **dict.fromkeys((
         "training.compile", "training.disable_cuda_graphs", "training.kind", "training.gc_freq", "compile.enable",
         "compile.components", "compile.kind", "loss.kind", "loss.loss_fn", "loss.global_vocab_size", "optimizer.kind",
-        "optimizer.implementation", "lr_scheduler.kind", "lr_scheduler.decay_ratio", "parallelism.kind",
+        "optimizer.implementation", "lr_scheduler.kind", "parallelism.kind",
         "parallelism.enable_async_tensor_parallel", "parallelism.fsdp_reshard_after_forward",
         "parallelism.enable_sequence_parallel", "model.attn_backend", "activation_checkpoint.selective_ac_option",
         "comm.init_timeout_seconds", "activation_checkpoint.kind", "activation_checkpoint",
@@ -370,6 +397,8 @@ FATES: dict[str, tuple[str, str]] = {
         "quantize.linear.float8.filter_fqns", "quantize.grouped_mm.float8.fqns",
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
     ), _STARTS),
+    "lr_scheduler.total_steps": (NO_EQUAL, "the rate falls to the last step here"),
+    "lr_scheduler.decay_ratio": (NO_EQUAL, "the rate falls from the end of the warm-up on"),
     "training.enable_cpu_offload": (NO_EQUAL, "weights stay on the GPU here, which needs more memory"),
     "model.non_blocking_capacity_factor": (NO_EQUAL, "buffers have the size of the rows that arrive"),
     "model.num_mtp_layers": (NO_EQUAL, "give workload.mtp"),

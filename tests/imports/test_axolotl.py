@@ -102,6 +102,29 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected", "assumed"),
+    [  # mixtral.yml has no max_steps, warmup_ratio=0.1, cosine, weight_decay=0.0; axolotl's schema and trainer builder
+        ({}, {"min_lr_ratio": 0.0, "betas": [0.9, 0.999], "warmup_steps": None}, "0.1 of the steps"),
+        ({"max_steps": "400"}, {"warmup_steps": 40}, None),
+        ({"max_steps": "400", "warmup_ratio": "null"}, {"warmup_steps": 12}, "at most 100 steps"),
+        ({"max_steps": "400", "warmup_steps": "0.25"}, {"warmup_steps": 100}, None),
+        ({"max_steps": "400", "warmup_steps": "0"}, {"warmup_steps": 0}, None),
+        ({"max_steps": "400", "warmup_steps": "1000"}, {"warmup_steps": 400}, None),
+        ({"warmup_steps": "10"}, {"warmup_steps": 10}, None),
+        ({"warmup_steps": "1000"}, {"warmup_steps": None}, "the file does not say its steps"),
+        ({"cosine_min_lr_ratio": "0.2"}, {"min_lr_ratio": 0.2}, "0.1 of the steps"),
+        ({"lr_scheduler": "constant"}, {"min_lr_ratio": 1.0}, "0.1 of the steps"),
+        ({"weight_decay": "null", "adam_beta2": "0.95"}, {"weight_decay": 0.0, "betas": [0.9, 0.95]}, "0.1 of the steps"),
+    ],
+)  # fmt: skip
+def test_the_schedule(changes: dict[str, str], expected: dict[str, object], assumed: str | None) -> None:
+    found = read(FOLDER / "mixtral.yml", **changes)
+    assert {key: found.values["optimizer"].get(key) for key in expected} == expected
+    warmup = [row.text for row in found.rows if row.kind == "assumed" and "warm" in row.key]
+    assert len(warmup) == (assumed is not None) and all(str(assumed) in text for text in warmup), warmup
+
+
+@pytest.mark.parametrize(
     ("names", "dense", "experts"),
     [
         ({"lora_target_linear": "true"}, "*", None),

@@ -125,6 +125,33 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # torchtitan's dataclasses: 200 steps of warm-up, a linear fall to 0, lr 8e-4, 10,000 steps
+        ("", {"warmup_steps": 200, "min_lr_ratio": 0.0, "lr": 8e-4, "max_steps": 10_000, "betas": None}),
+        ("steps=50\n", {"warmup_steps": 50, "max_steps": 50}),
+        ("[optimizer]\nbeta2=0.99\n", {"betas": [0.9, 0.99]}),
+        ("[lr_scheduler]\nwarmup_steps=7\nlr_min=0.3\n", {"warmup_steps": 7, "min_lr_ratio": 0.3}),
+    ],
+)
+def test_the_schedule(text: str, expected: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f"[model]\nname='gpt_oss'\nflavor='20b'\n[training]\nseq_len=64\n{text}")
+    found = values(read(path))
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_betas_of_a_registry(tmp_path: Path) -> None:
+    path = tmp_path / "config_registry.py"
+    optimizer = "default_adamw(lr=3e-4, betas=(0.8, 0.99))"
+    path.write_text(
+        f"def f():\n    return Trainer.Config(model_spec=m('20b'), training=T(seq_len=64), optimizer={optimizer})\n"
+    )
+    assert values(read(path, config="f", model_name="gpt_oss"))["betas"] == [0.8, 0.99]
+    with pytest.raises(ConfigError, match="must be two numbers"):
+        read(path, config="f", model_name="gpt_oss", optimizer_betas="0.9")
+
+
+@pytest.mark.parametrize(
     ("ending", "text", "checkpointing", "assumed"),
     [
         ("toml", "", "auto", "selective"),
