@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from layer import HEAP, HIDDEN
 from torch import Tensor, nn
 
@@ -21,6 +22,13 @@ def restart_with_environment() -> None:
     """Starts this program again if it does not have the variables that libraries read when they start."""
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+
+
+def open_process_group() -> None:
+    """A group of one, which DeepSpeed and Megatron-Core ask for."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 @dataclass(frozen=True)

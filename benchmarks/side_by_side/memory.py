@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from layer import HIDDEN
 
-from side_by_side.common import Layer, Place, Size, Weights
+from side_by_side.common import Layer, Place, Size, Weights, open_process_group
 
 Build = Callable[[Size, Weights, Place], Layer]
 
@@ -42,8 +42,6 @@ def measure(build: Build, size: Size) -> dict[str, float]:
 
 
 def _run(sender: Any, build: Build, size: Size) -> None:
-    from side_by_side.one_rank import open_process_group
-
     open_process_group()
     layer = build(size, Weights.random(size), Place())
     x = torch.randn(1, size.tokens, HIDDEN).bfloat16().requires_grad_()

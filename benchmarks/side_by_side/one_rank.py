@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from layer import HIDDEN
 from torch import Tensor
 
 from side_by_side import agreement, memory
-from side_by_side.common import Layer, Place, Size, Weights
+from side_by_side.common import Layer, Place, Size, Weights, open_process_group
 from side_by_side.registry import LIMIT, OURS, Entry
 
 WARM_UP = 3
 Times = dict[str, dict[int, tuple[float, float]]]  # layer -> round -> (CPU, wall) seconds
-
-
-def open_process_group() -> None:
-    """A group of one, which DeepSpeed and Megatron-Core ask for."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def step(layer: Layer, x: Tensor, direction: Tensor) -> tuple[float, float]:
