@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
 from moecompile.models.initial import MOST_REPLAYED, Keyed, Replayed, fill_whole
-from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted_weights, unreadable
+from moecompile.models.loading import UNREADABLE, dequantized, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
 from moecompile.models.recorded import NotRecorded
 from moecompile.named_code import FACTORY, imported
@@ -157,6 +157,7 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
         config = _with_own_attention(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), "model.pretrained", folder
         )
+        dequantized(config, "model.pretrained", folder)
         with _attention_checked(model):
             empty = empty_of(config, dtype=config.dtype or dtype, **_implementations(model))
     except UNREADABLE as error:
@@ -293,7 +294,7 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
             loaded: nn.Module
             loaded, info = class_of(config).from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
-                ignore_mismatched_sizes=True, **_implementations(model),
+                ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
         raise unreadable(error, path, value, unconverted) from error
