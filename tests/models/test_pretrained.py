@@ -233,6 +233,20 @@ def test_a_file_that_the_index_names_and_that_is_not_there(saved: Path, copied: 
         opened(folder)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a', '{"metadata": {}}', "[]", '{"weight_map": {"a": 3}}', "version 1"]
+)
+def test_an_index_that_was_cut_off_or_is_none(text: str, copied: Callable[..., Path]) -> None:
+    folder = copied("mixtral", lambda tensors: None)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.pretrained=.*: model\.safetensors\.index\.json cannot be read: .*\. Copy it again\.$",
+    ):
+        opened(folder)
+
+
 def test_a_folder_without_safetensors(copied: Callable[..., Path]) -> None:
     folder = copied("mixtral", lambda tensors: None)
     (folder / "model.safetensors").unlink()
