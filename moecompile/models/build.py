@@ -162,7 +162,16 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
             empty = empty_of(config, dtype=config.dtype or dtype, **_implementations(model))
     except UNREADABLE as error:
         raise unreadable(error, "model.pretrained", folder) from error
+    _keep_in_fp32(empty, config.dtype or dtype)
     return empty
+
+
+def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Gives the weights their dtype that `from_pretrained` keeps in fp32 in a model of half precision."""
+    kept = "|".join(pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype))
+    for name, tensor in model.state_dict(keep_vars=True).items() if kept else ():
+        if re.search(kept, name):
+            tensor.data = tensor.data.float()
 
 
 def empty_of(config: Any, **options: Any) -> nn.Module:

@@ -141,6 +141,13 @@ def test_what_is_whole_is_taken(way: str, dtype: torch.dtype, tmp_path: Path) ->
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+def test_what_transformers_keeps_in_fp32_is_in_fp32_either_way(tmp_path: Path) -> None:
+    moe_model("gpt_oss", dtype=torch.float16).save_pretrained(tmp_path)  # type: ignore[operator]
+    full, sharded = ({name: t.dtype for name, t in load(str(tmp_path)).state_dict().items()} for load in WAYS.values())
+    assert set(full.values()) == {torch.float16, torch.float32}  # the norms
+    assert full == sharded
+
+
 def quantized(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
