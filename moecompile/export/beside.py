@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompile.errors import VerificationFailed
+from moecompile.models.chat import load_tokenizer
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".index.json")
 _NEVER = ("config.json", "plan.yaml", "resolved.yaml")  # the export writes its own
@@ -84,9 +85,7 @@ def _generation(original: Path, folder: Path) -> Iterator[str]:
 
 
 def _tokenizers(original: Path, folder: Path) -> Iterator[str]:
-    from transformers import AutoTokenizer
-
-    before, after = (AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in (original, folder))
+    before, after = load_tokenizer(original), load_tokenizer(folder)
     facts: dict[str, Callable[[Any], Any]] = {
         "vocabulary": lambda it: it.get_vocab(),
         "special tokens": lambda it: {**it.special_tokens_map, "all": it.all_special_tokens},

@@ -376,7 +376,7 @@ def _mixtral(form: MoEForm, dense: Any) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
+def _qwen_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
     return {
         "num_experts": form.experts.num_routed,
         "num_experts_per_tok": form.routing.top_k,
@@ -387,8 +387,18 @@ def _qwen3_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
     }
 
 
+def _qwen3_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
+    """A window of qwen3 is that of some layers, perhaps of none; that of qwen3_moe is that of all."""
+    windows = "sliding_attention" in dense.layer_types
+    return {
+        **_qwen_moe(form, dense),
+        "use_sliding_window": windows,
+        "sliding_window": dense.sliding_window if windows else None,
+    }
+
+
 def _qwen2_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
-    return {**_qwen3_moe(form, dense), "qkv_bias": dense.model_type == "qwen2", **_shared_width(form)}
+    return {**_qwen_moe(form, dense), "qkv_bias": dense.model_type == "qwen2", **_shared_width(form)}
 
 
 def _qwen3_5_moe(form: MoEForm, dense: Any) -> dict[str, Any]:

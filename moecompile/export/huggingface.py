@@ -23,6 +23,7 @@ from moecompile.errors import ConfigError
 from moecompile.export.beside import own_fields
 from moecompile.export.families import Family, MoEForm, Names, choose_family, families_of, form_of, no_pair
 from moecompile.models.build import class_of, empty_of, no_progress_bars
+from moecompile.models.chat import load_tokenizer
 from moecompile.models.loading import refuse_incomplete
 from moecompile.nn.own_router import own_routers
 from moecompile.plan import ExpertsSite, Plan
@@ -131,11 +132,14 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Path | None = None) ->
     Args:
         tokenizer: a `tokenizer.json`. model: folder of the pretrained model that it belongs to, if any, with its
             special tokens and chat template.
+
+    Raises:
+        ConfigError: transformers cannot read that of the folder.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     if model is not None and (model / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
     else:
         PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(folder)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
 from moecompile.models.initial import MOST_REPLAYED, Keyed, Replayed, fill_whole
-from moecompile.models.loading import UNREADABLE, refuse_incomplete, unconverted_weights, unreadable
+from moecompile.models.loading import UNREADABLE, dequantized, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
 from moecompile.models.recorded import NotRecorded
 from moecompile.named_code import FACTORY, imported
@@ -157,11 +157,21 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
         config = _with_own_attention(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), "model.pretrained", folder
         )
+        dequantized(config, "model.pretrained", folder)
         with _attention_checked(model):
             empty = empty_of(config, dtype=config.dtype or dtype, **_implementations(model))
     except UNREADABLE as error:
         raise unreadable(error, "model.pretrained", folder) from error
+    _keep_in_fp32(empty, config.dtype or dtype)
     return empty
+
+
+def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Gives the weights their dtype that `from_pretrained` keeps in fp32 in a model of half precision."""
+    kept = "|".join(pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype))
+    for name, tensor in model.state_dict(keep_vars=True).items() if kept else ():
+        if re.search(kept, name):
+            tensor.data = tensor.data.float()
 
 
 def empty_of(config: Any, **options: Any) -> nn.Module:
@@ -293,7 +303,7 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
             loaded: nn.Module
             loaded, info = class_of(config).from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
-                ignore_mismatched_sizes=True, **_implementations(model),
+                ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
         raise unreadable(error, path, value, unconverted) from error

@@ -256,14 +256,7 @@ def load_chat_template(folder: Path, asked: tuple[str, object] = ("data.kind", "
     Raises:
         ConfigError: one of them is not there, or cannot be used.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the code of the tokenizer may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise _unusable(folder, f"transformers cannot read it: {reason}") from error
+    tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "is_fast", False):
         raise _unusable(folder, "it is not one of the library tokenizers, and characters must be found in tokens")
     if not tokenizer.chat_template:
@@ -272,6 +265,22 @@ def load_chat_template(folder: Path, asked: tuple[str, object] = ("data.kind", "
             key, value, f"there is no chat template in {folder}", "Put chat_template.jinja beside the model"
         )  # fmt: skip
     return ChatTemplate(tokenizer)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model, of transformers, without code of the folder.
+
+    Raises:
+        ConfigError: transformers cannot read it so.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the code of the tokenizer may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise _unusable(folder, f"transformers cannot read it: {reason}") from error
 
 
 def _unusable(folder: Path, rule: str) -> ConfigError:

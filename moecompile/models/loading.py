@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,9 @@ from safetensors import SafetensorError
 
 from moecompile.errors import ConfigError
 
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
+UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError,
+)  # fmt: skip
 """Exceptions that reading a folder may raise."""
 _SHOWN = 3
 
@@ -42,6 +45,29 @@ def refuse_incomplete(
         raise ConfigError(path, value, "; ".join(problems), fix)
 
 
+def dequantized(config: Any, path: str, value: object) -> dict[str, Any]:
+    """Options of `from_pretrained` for whole weights: of FP8, a GPU would keep modules that cannot be trained.
+
+    Args:
+        config: of transformers. path, value: as for `refuse_incomplete`.
+
+    Raises:
+        ConfigError: transformers makes no whole weights of these.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return {}
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(stored.get("quant_method"))
+    kind: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        rule = f"holds weights that are quantized by {method}, which transformers does not make whole ones of"
+        raise ConfigError(path, value, rule, "Give a folder with the weights before they were quantized")
+    return {"quantization_config": kind.from_dict({**stored, "dequantize": True})}
+
+
 @contextmanager
 def unconverted_weights() -> Iterator[list[str]]:
     """Keeps transformers' own report off the terminal, and collects the weights that it could not convert."""
@@ -65,8 +91,8 @@ def unreadable(error: BaseException, path: str, value: object, unconverted: Iter
     if weights := set(unconverted):
         rule = f"parts of {some(weights)} are missing or do not fit each other"
         return ConfigError(path, str(value), rule, "Use a whole checkpoint")
-    text = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(path, str(value), f"cannot be loaded: {text[:500]}", "Check the folder")
+    text = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
+    return ConfigError(path, str(value), f"cannot be loaded: {text}", "Check the folder")
 
 
 def some(names: Iterable[str]) -> str:

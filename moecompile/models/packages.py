@@ -114,8 +114,9 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     try:
         load: Any = AutoModelForCausalLM.from_pretrained
         loaded, info = load(
-            gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
-        )
+            gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source,
+            **_unpacked(),
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     except UNREADABLE as error:
         raise ConfigError(
@@ -126,11 +127,19 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     weights = {name: tensor for name, tensor in loaded.state_dict().items() if first_names[tensor.data_ptr()] == name}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = loaded.config
-    del config.quantization_config  # the converted folder has no quantized weights
+    vars(config).pop("quantization_config", None)  # the converted folder has no quantized weights
     config.architectures = [type(loaded).__name__]
     config.save_pretrained(folder)
     loaded.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _unpacked() -> dict[str, Any]:
+    """Options for weights as numbers: of some families transformers keeps the file's blocks, where it has kernels."""
+    import transformers
+
+    kind: Any = getattr(transformers, "GgufConfig", None)  # 5.0 unpacks all
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _cache() -> Path:

@@ -5,7 +5,8 @@ which are applied here. If a rule stacks experts, only the requested experts are
 
 Algorithm:
   1. Find the weight that each stored tensor belongs to, and the operations that build it, from transformers' rules.
-  2. Check from the headers that each weight and each expert is there exactly once, with the right shape.
+  2. Check from the headers that each weight, each part of one and each expert is there exactly once, with the right
+     shape.
   3. Read a weight: its rows, also of parts that a rule joins; its experts, through the operations of the rule; or
      (other rules) all of it, then cut.
 """
@@ -178,12 +179,29 @@ class Pretrained:
                 self._check_plain(name, shape, recipe)
             elif _stacks_experts(recipe.rule):
                 self._check_experts(name, shape, recipe)
+            else:
+                self._check_made(name, shape, recipe)
 
     def _check_plain(self, name: str, shape: tuple[int, ...], recipe: _Recipe) -> None:
         keys = [key for _, key in recipe.sources]
         if len(keys) > 1:
             raise self.stored.error(f"{keys[0]} and {keys[1]} are both the weight {name}", "Remove one of them")
         self._check_shape(keys[0], shape)
+
+    def _check_made(self, name: str, shape: tuple[int, ...], recipe: _Recipe) -> None:
+        """Checks the shape of a weight that other rules make; of tables in parts, so that no part is missing."""
+        try:
+            made: Any = tuple(self._convert(recipe, recipe.sources, meta=True)[name].shape)
+        except NotImplementedError:  # it depends on values
+            return
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            made = f"no weight ({error})"
+        if made != shape:
+            keys = some(key for _, key in recipe.sources)
+            rule = (
+                f"{keys} make {made if isinstance(made, str) else list(made)} of {name}, the model needs {list(shape)}"
+            )
+            raise self.stored.error(rule, "Use a whole checkpoint, or correct config.json")
 
     def _check_experts(self, name: str, shape: tuple[int, ...], recipe: _Recipe) -> None:
         by_pattern: dict[str, dict[int, list[str]]] = {

@@ -72,8 +72,12 @@ class Stored:
             if files := sorted(self.folder.glob("*.safetensors")):
                 return files
             raise self.error("holds no safetensors", "Save the model with save_pretrained")
-        names = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [self.folder / name for name in sorted(set(names))]
+        try:
+            names = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            files = [self.folder / name for name in sorted(set(names))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise self.error(f"{_INDEX} cannot be read: {reason}", "Copy it again") from error
         if missing := [file.name for file in files if not file.is_file()]:
             raise self.error(f"{_INDEX} names {missing[0]}, which is not there", "Copy it too")
         return files

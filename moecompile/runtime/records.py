@@ -134,14 +134,14 @@ class Found:
 
 
 def find_files(data: DataConfig) -> Found:
-    """The files at `data.path`, sorted by path. Hidden files are no part of a folder.
+    """The files at `data.path`, sorted by path. Hidden files are no part of a folder; what links to folders lead to is.
 
     Raises:
         ConfigError: there is none, or one is of a kind that is not read.
     """
     path = Path(str(data.path))
     if path.is_dir() and not _is_saved(path):
-        inside = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
+        inside = sorted(_inside(path))
         saved = [folder for folder in inside if folder.is_dir() and _is_saved(folder)]
         files = [file for file in inside if file.is_file() and not set(saved) & set(file.parents)]
         found = Found(
@@ -373,6 +373,22 @@ def _is_table(path: Path) -> bool:
 
 def _is_saved(folder: Path) -> bool:
     return (folder / _SAVED).is_file() or (folder / _SPLITS).is_file()
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """What is in a folder and its folders, and in those that links lead to, once each: `latest` may be one of them."""
+    links, seen = [folder], set[Path]()
+    while links:
+        found = [path for path in links.pop(0).rglob("*") if not _is_hidden(path.relative_to(folder))]
+        yield from found
+        seen |= {folder.resolve(), *(path.resolve() for path in found if path.is_dir() and not path.is_symlink())}
+        for link in sorted(path for path in found if path.is_symlink() and path.is_dir()):
+            if (real := link.resolve()) in seen:
+                continue
+            if real in folder.resolve().parents:
+                raise ConfigError("data.path", link, f"is a link to {real}, which this folder is in", "Remove the link")
+            seen.add(real)
+            links.append(link)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -26,7 +26,7 @@ from moecompile.models.build import build_model, no_progress_bars, pretrained_fo
 from moecompile.models.chat import ChatTemplate, load_chat_template
 from moecompile.named_code import named_in
 from moecompile.rundir import RESOLVED
-from moecompile.schema import ChatConfig, Config, ModelConfig
+from moecompile.schema import ChatConfig, Config, ModelConfig, TokenizerSource
 
 Turns = list[dict[str, Any]]
 _AGAIN, _LONG = "/new", 60
@@ -90,9 +90,12 @@ def load(config: Config) -> tuple[nn.Module, ChatTemplate]:
     kind = _kind(folder)
     if kind == PLAN:
         trained = find_run(str(folder), None, named=named_in(config), key="chat.run")
-        beside = folder if (folder / "tokenizer_config.json").is_file() else pretrained_folder(trained.config.model)
+        of_model = trained.config.data.tokenizer is TokenizerSource.model
+        beside = pretrained_folder(trained.config.model) if of_model else None
+        if (folder / "tokenizer_config.json").is_file():
+            beside = folder
         if beside is None:
-            rule = f"its model {trained.config.model.name} is not pretrained, so there is no chat template"
+            rule = f"its tokens are not those of a pretrained {trained.config.model.name}, so there is no chat template"
             raise ConfigError("chat.run", given, rule, "Give a run with data=sft")
         template = load_chat_template(beside, asked)  # before the model, which takes longer
         model = load_run(trained)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from moecompile.compose import compose_config
-from moecompile.errors import VerificationFailed
+from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import beside
 from moecompile.models.build import build_model
 from moecompile.runtime.data import train_tokenizer
@@ -88,6 +88,20 @@ def test_a_tokenizer_of_the_runs_own_takes_the_place_of_the_originals(tmp_path: 
     assert not (out / "chat_template.jinja").exists()
     assert len(AutoTokenizer.from_pretrained(out)) == 265
     assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7, 9]
+
+
+def test_a_tokenizer_that_is_code_of_the_folder_is_told(tmp_path: Path) -> None:
+    """Training reads tokenizer.json alone."""
+    folder = original(tmp_path / "original", "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    code = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **code}))
+    (folder / "tokenization_mine.py").write_text("raise SystemExit")
+    with pytest.raises(
+        ConfigError, match=r"^data\.tokenizer=model: transformers cannot read it: .* contains custom code"
+    ):
+        exported(run_of(folder, tmp_path / "run", "data.tokenizer=model", "data.vocab_size=null"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("lost", ["generation", "field", "template", "token"])

@@ -112,6 +112,14 @@ def test_a_pair(dense: str, overrides: list[str], family: str, settings: dict[st
     assert result["max_abs_diff"] <= 1e-5
 
 
+@pytest.mark.parametrize(("full", "window"), [(3, None), (0, 40)])
+def test_a_window_that_no_layer_has_is_none(full: int, window: int | None, tmp_path: Path) -> None:
+    """The example may be shorter than the window, so its logits would be equal."""
+    settings = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": full}
+    exported(tiny_run(tmp_path / "run", tiny_config("qwen3", [], settings)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["sliding_window"] == window
+
+
 def test_every_pair_is_tried() -> None:
     tried = {(dense, family) for dense, _, family, _ in CASES}
     assert tried == {(dense, family.name) for family in FAMILIES for dense in family.sources}

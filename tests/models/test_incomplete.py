@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,66 @@ def test_what_is_whole_is_taken(way: str, dtype: torch.dtype, tmp_path: Path) ->
     (folder / "notes.txt").write_text("something else")
     model = WAYS[way](str(folder))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_what_transformers_keeps_in_fp32_is_in_fp32_either_way(tmp_path: Path) -> None:
+    moe_model("gpt_oss", dtype=torch.float16).save_pretrained(tmp_path)  # type: ignore[operator]
+    full, sharded = ({name: t.dtype for name, t in load(str(tmp_path)).state_dict().items()} for load in WAYS.values())
+    assert set(full.values()) == {torch.float16, torch.float32}  # the norms
+    assert full == sharded
+
+
+def quantized(folder: Path, **settings: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+
+
+class _Hopper:
+    """torch, as it is on a machine with an H100."""
+
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_weights_in_fp8_become_whole_ones_on_every_machine(
+    on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    folder, whole = llama(tmp_path / "model"), dict[str, Tensor]()
+
+    def in_blocks(weights: dict[str, Tensor]) -> None:
+        for name in [name for name in weights if "proj" in name]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].unflatten(1, (columns // 8, 8)).unflatten(0, (rows // 8, 8))
+            scales = blocks.abs().amax((1, 3)) / 448
+            whole[name] = weights[name]
+            weights[name] = (blocks / scales[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scales
+
+    change(folder, in_blocks)
+    quantized(folder, quant_method="fp8", weight_block_size=[8, 8], activation_scheme="dynamic")
+    if on_gpu:
+        monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.torch", _Hopper())
+    model = WAYS["full"](str(folder))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert type(model.get_submodule("model.layers.1.mlp.up_proj")) is nn.Linear
+    assert (model.get_parameter(UP) - whole[UP]).abs().max() < 0.1 * whole[UP].abs().max()
+    assert not hasattr(model.config, "quantization_config")  # or an export would say that its weights are in FP8
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "modelopt"])
+def test_weights_that_stay_quantized_are_refused(method: str, way: str, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "model")
+    quantized(folder, quant_method=method, bits=4, load_in_4bit=method == "bitsandbytes")
+    rule = f"holds weights that are quantized by {method}, which transformers does not make whole ones of"
+    with pytest.raises(
+        ConfigError, match=rf"^model\.pretrained={folder}: {rule}\. Give a folder with the weights before"
+    ):
+        WAYS[way](str(folder))
 
 
 def as_of_the_first_version(folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(llama: nn.Module) -> Non
     assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
     batch = example_inputs(loaded, 16)
     torch.testing.assert_close(loaded(**batch).logits, llama(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_a_family_that_transformers_unpacks_itself(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it says in the config that no weight is quantized, and unpacks where it has no kernels, or if it is asked."""
+    pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    asked = list[bool]()
+
+    def validate(quantizer: Any, *_: object, **__: object) -> None:
+        asked.append(quantizer.quantization_config.dequantize)
+        quantizer.quantization_config.dequantize = True
+
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.GgufHfQuantizer.validate_environment", validate)
+    assert type(built("model.package=tiny-llama")) is type(llama)
+    assert asked and all(asked)
 
 
 def test_it_trains_as_a_built_model_does(llama: nn.Module) -> None:

@@ -130,6 +130,25 @@ def test_of_a_table_that_is_stored_in_parts_only_the_rows_that_are_asked_for_are
     assert sum(read) == (3 + 300 + 5) * whole.shape[1]
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_part_of_a_table_that_is_missing_or_cut_off(rows: int, tmp_path: Path) -> None:
+    """Its rows would be whatever is in memory."""
+    model: Any = build_model(qwen4(base=100, split_ngram_parts=7).model, 0)
+    write_pretrained(tmp_path, model)
+    part = next(name for name in opened(tmp_path).stored.tensors if "ngram_embedding.shard_3" in name)
+    file = opened(tmp_path).stored.tensors[part].file
+    tensors = load_file(file)
+    tensors[part] = tensors[part][:rows].clone()
+    if not rows:
+        del tensors[part]
+    save_file(tensors, file, metadata={"format": "pt"})
+    rule = (
+        rf"ngram_embedding\.shard_.* make \[\d+, \d+\] of {TABLE}, the model needs \[{len(model.state_dict()[TABLE])},"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        opened(tmp_path)
+
+
 _BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], object], str]] = [
     ("deepseek_v3", lambda t: t.pop(EXPERT), f"lacks {EXPERT}: model.layers.1.mlp.experts.down_proj has 8 experts. Use a whole checkpoint."),
     ("mixtral", lambda t: t.pop(MIXTRAL), f"lacks {MIXTRAL}: model.layers.0.mlp.experts.gate_up_proj has 4 experts. Use a whole checkpoint."),
@@ -210,6 +229,20 @@ def test_a_file_that_the_index_names_and_that_is_not_there(saved: Path, copied: 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
         ConfigError, match=r"names model-00009-of-00009\.safetensors, which is not there\. Copy it too\."
+    ):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a', '{"metadata": {}}', "[]", '{"weight_map": {"a": 3}}', "version 1"]
+)
+def test_an_index_that_was_cut_off_or_is_none(text: str, copied: Callable[..., Path]) -> None:
+    folder = copied("mixtral", lambda tensors: None)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.pretrained=.*: model\.safetensors\.index\.json cannot be read: .*\. Copy it again\.$",
     ):
         opened(folder)
 

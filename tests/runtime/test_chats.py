@@ -308,6 +308,9 @@ def test_the_seed_shuffles_but_does_not_change_what_is_held_out(tmp_path: Path) 
         ({"instruction": "5", "output": None}, "output is NoneType, not a string. Write strings"),
         ({"instruction": "5", "output": "6", "history": ["5"]}, "history is not a list of pairs. Write [[instruction, output]"),
         ({"messages": []}, "has no list of messages"),
+        ({"messages": [], "system": "5"}, "has no list of messages"),
+        ({**chat("5", "6"), "system": ["5"]}, "system is list, not a string. Write strings"),
+        ({"messages": [{"role": "system", "content": "5"}], "system": "6"}, "has a system message, and another one in the field system. Remove"),
         ({"messages": ["hi"]}, "messages[0] is str, not an object."),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role is 'bot', not one of system, developer, user, assistant, tool. Rename the role."),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, "messages[1].content is NoneType, not a string."),
@@ -335,7 +338,7 @@ def test_prompt_and_completion_are_a_chat_and_null_fields_are_none(tmp_path: Pat
 
 
 def test_the_shapes_of_other_tools_are_read() -> None:
-    """ShareGPT and Alpaca, with their fields for a system prompt and earlier turns."""
+    """ShareGPT and Alpaca, with their fields for earlier turns; in all shapes a field for a system prompt."""
     system, question, answer = (
         {"role": role, "content": text} for role, text in (("system", "S"), ("user", "Q"), ("assistant", "A"))
     )
@@ -343,6 +346,10 @@ def test_the_shapes_of_other_tools_are_read() -> None:
     for value, expected in (
         ({"conversations": said, "id": 3}, [question, answer]),
         ({"conversations": said, "system": "S"}, [system, question, answer]),
+        ({"prompt": "Q", "completion": "A", "system": "S"}, [system, question, answer]),
+        ({"messages": [question, answer], "system": "S"}, [system, question, answer]),
+        ({"messages": [system, question, answer], "system": "S"}, [system, question, answer]),
+        ({"messages": [question, answer], "system": None}, [question, answer]),
         ({"conversations": [{"from": "system", "value": "S"}, *said], "messages": None}, [system, question, answer]),
         ({"conversations": [question, answer]}, [question, answer]),
         (

@@ -51,6 +51,23 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_the_rest_is_counted(tmp_
     assert [path.name for path in pattern.files] == ["2.jsonl"]
 
 
+def test_links_to_folders_are_followed_and_no_file_is_read_twice(tmp_path: Path) -> None:
+    for name in ("data/2024/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    data = tmp_path / "data"
+    for link, target in {"more": tmp_path / "elsewhere", "again": tmp_path / "elsewhere"}.items():
+        (data / link).symlink_to(target)
+    (data / "latest").symlink_to("2024")
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    names = [str(path.relative_to(data)) for path in find_files(corpus(data)).files]
+    assert names == ["2024/a.txt", "again/b.txt", "again/deep/c.txt"]
+    (data / "up").symlink_to(tmp_path)
+    assert (
+        refused(data) == f"data.path={data / 'up'}: is a link to {tmp_path}, which this folder is in. Remove the link."
+    )
+
+
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert refused(tmp_path / "none").startswith(
         f"data.path={tmp_path}/none: there is no such file or folder. Give files"

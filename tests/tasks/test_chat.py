@@ -20,6 +20,7 @@ from moecompile.models.chat import ChatTemplate
 from moecompile.schema import validate
 from moecompile.tasks import chat as task
 from tests.chat_models import CHATML, FAMILIES, save_mixtral, tokenizer, unmarked
+from tests.export.runs import SEQ, tiny_run
 
 TOKENS = 12
 
@@ -138,4 +139,17 @@ def test_what_cannot_be_asked_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     assert "adapts the model gone, which is not there. Name its folder in adapter_config.json" in refused(
         tmp_path / "adapters", message
+    )
+
+
+def test_a_run_with_a_tokenizer_of_its_own_is_not_asked_in_the_tokens_of_its_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = compose_config([f"model.pretrained={folder}", "data=moby_dick", "data.vocab_size=480", f"data.seq_len={SEQ}"])
+    run = tiny_run(tmp_path / "run", own)
+    with pytest.raises(ConfigError, match=rf"^chat\.run={run}: its tokens are not those of a pretrained .*data=sft\.$"):
+        asked(run, "chat.message=x")
+    asked(
+        tiny_run(tmp_path / "sft", compose_config([f"model.pretrained={folder}", "data=sft", "data.path=x"])),
+        "chat.message=x",
     )

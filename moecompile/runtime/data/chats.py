@@ -48,7 +48,7 @@ _TRIED = 64  # chats that are looked at for prompts
 _PERCENTILES = (5, 50, 95, 100)
 _MANY = 0.05  # share of the chats from which on a loss is a warning
 _SHAPE = 'Write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-_FORMAT = 3  # of stores; a change makes them anew
+_FORMAT = 4  # of stores; a change makes them anew
 
 
 class ChatRenderer(Protocol):
@@ -425,7 +425,8 @@ def _strings(record: Record, *names: str) -> list[str]:
 
 def _completion(record: Record) -> list[Any]:
     prompt, completion = _strings(record, "prompt", "completion")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return _with_system(record, turns)
 
 
 def _instruction(record: Record) -> list[Any]:
@@ -466,14 +467,23 @@ def _conversations(record: Record) -> Any:
 
 
 def _with_system(record: Record, messages: list[Any]) -> list[Any]:
-    """The messages after the field `system`, if there is one."""
-    if not record.value.get("system"):
+    """The messages after the field `system`, if there is one and they do not begin with it."""
+    if not record.value.get("system") or not messages:
         return messages
-    return [{"role": "system", "content": _strings(record, "system")[0]}, *messages]
+    first = {"role": "system", "content": _strings(record, "system")[0]}
+    begins = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    if begins and messages[0].get("content") != first["content"]:
+        raise bad(record.where, "has a system message, and another one in the field system", "Remove one of them")
+    return messages if begins else [first, *messages]
+
+
+def _messages(record: Record) -> Any:
+    messages = record.value["messages"]
+    return _with_system(record, messages) if isinstance(messages, list) else None
 
 
 _SHAPES: dict[frozenset[str], Callable[[Record], Any]] = {
-    frozenset({"messages"}): lambda record: record.value["messages"],
+    frozenset({"messages"}): _messages,
     frozenset({"conversations"}): _conversations,
     frozenset({"prompt", "completion"}): _completion,
     frozenset({"instruction", "output"}): _instruction,
