@@ -15,7 +15,10 @@ from moecompile.errors import VerificationFailed
 from moecompile.models.chat import load_tokenizer
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".index.json")
-_NEVER = ("config.json", "plan.yaml", "resolved.yaml")  # the export writes its own
+_NEVER = (
+    "config.json", "plan.yaml", "resolved.yaml",  # the export writes its own
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json",  # of weights that stay
+)  # fmt: skip
 _TOKENIZER = (
     "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "sentencepiece", "chat_template",
     "additional_chat_templates",

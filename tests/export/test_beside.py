@@ -47,6 +47,7 @@ def original(folder: Path, kind: str) -> Path:
     (folder / "LICENSE").write_text("do what you like")
     (folder / "modeling_mine.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"weights")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"weights")
     return folder
@@ -76,7 +77,7 @@ def test_all_of_it_comes_out(kind: str, tmp_path: Path) -> None:
     assert (after.model_max_length, after.eos_token, after.pad_token) == (77, "<|end|>", "<|pad|>")
     names = {path.name for path in out.iterdir()}
     assert {"preprocessor_config.json", "LICENSE", "generation_config.json", "tokenizer.json"} <= names
-    assert not names & {"modeling_mine.py", "pytorch_model.bin", "original"}
+    assert not names & {"modeling_mine.py", "pytorch_model.bin", "original", "hf_quant_config.json"}
 
 
 def test_a_tokenizer_of_the_runs_own_takes_the_place_of_the_originals(tmp_path: Path) -> None:
