@@ -487,6 +487,10 @@ def test_on_the_meta_device_only_declared_layouts_are_taken() -> None:
             "+per_layer={late: {routing: {top_k: 1}}}",
             "per_layer.late.routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2",
         ),
+        (
+            "+per_layer.late={routing: {top_k: 1}}",
+            "per_layer.late.routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2",
+        ),
     ],
 )  # fmt: skip
 def test_values_of_the_caller_are_refused(override: str, says: str) -> None:
