@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from moecompile.capture.guided import Holds, trace_guarded
 from moecompile.capture.record import ModuleCall, in_mode, random_state_kept, seed_generators, without_fast_path
 from moecompile.errors import CaptureError
-from moecompile.torch_private import tree_leaves
+from moecompile.torch_private import tree_leaves, tree_map_only
 
 
 def trace_region(module: nn.Module, call: ModuleCall, inlined: Collection[str] | None = None) -> fx.GraphModule:
@@ -134,6 +134,87 @@ def _check_equal(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCa
         if len(expected) != len(got) or not all(_equal(a, b) for a, b in zip(expected, got, strict=True)):
             mode = "training" if training else "evaluation"
             raise CaptureError(f"its traced graph does not compute the same as the module in {mode} mode")
+    if not _same_gradients(module, graph_module, call):
+        raise CaptureError(
+            "its traced graph does not have the gradients of the module: a graph holds no torch.no_grad and no "
+            "autograd.Function"
+        )
+
+
+def _same_gradients(module: nn.Module, graph_module: fx.GraphModule, call: ModuleCall) -> bool:
+    """Whether autograd records the same operations in both; or else, whether it computes the same gradients."""
+    for look in (_backward_graph, _gradients):
+        try:
+            expected = _in_autograd(module, module, call, look)
+        except Exception:  # the module itself cannot be trained
+            return True
+        try:
+            got = _in_autograd(graph_module, module, call, look)
+        except Exception:  # the graph asserts what is so without gradients alone
+            return False
+        if len(expected) == len(got) and all(map(_alike, expected, got)):
+            return True
+    return False
+
+
+def _in_autograd(
+    run: nn.Module, module: nn.Module, call: ModuleCall, look: Callable[[list[Tensor], list[Tensor]], list[Any]]
+) -> list[Any]:
+    """What `look` says of (outputs, leaves) of a call in training mode. The leaves are the inputs of `run` and the
+    trained weights of `module`.
+    """
+    leaves: list[Tensor] = []
+
+    def watched(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()  # a forward may write into its inputs
+
+    with _quiet(run, training=True), torch.enable_grad():
+        args, kwargs = tree_map_only(Tensor, watched, fresh_arguments(call))
+        outputs = [leaf for leaf in tree_leaves(run.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return look([out for out in outputs if out.requires_grad], [*leaves, *module.parameters()])
+
+
+def _backward_graph(outputs: list[Tensor], leaves: list[Tensor]) -> list[Any]:
+    """Every node that autograd has recorded, in the order of a walk from the outputs: its name and its edges."""
+    numbers, found = {id(leaf): i for i, leaf in enumerate(leaves)}, list[Any]()
+    seen: dict[Any, int] = {}
+    stack = [out.grad_fn for out in reversed(outputs)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            found.append(seen[node])
+        elif node is None:
+            found.append(None)
+        else:
+            seen[node] = len(seen)
+            after = [following for following, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            found.append((node.name(), len(after), None if leaf is None else numbers.get(id(leaf))))
+            stack.extend(reversed(after))
+    return found
+
+
+def _gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Any]:
+    """The gradient of a random sum of the outputs, for every leaf that has one."""
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    if not outputs:
+        return [None] * len(trained)
+    seed_generators(0)
+    seeds = [torch.randn_like(out) for out in outputs]
+    return list(torch.autograd.grad(outputs, trained, seeds, allow_unused=True))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equal; for tensors, but for rounding."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    if a.is_meta:
+        return _equal(a, b)
+    largest = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=torch.finfo(a.dtype).eps ** 0.5 * largest, equal_nan=True)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

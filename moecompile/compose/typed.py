@@ -85,7 +85,7 @@ def to_config(cfg: DictConfig, overrides: Sequence[str]) -> Config:
             )  # fmt: skip
     if config.given:
         raise ConfigError("given", config.given, "is filled in by the program", "Leave it out")
-    keys = [match[1] for item in overrides if (match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=", item))]
+    keys = list(_set_keys(overrides))
     groups = [key for key in keys if "." not in key]
     config.given = [key for key in keys if "." in key or key in GIVEN_GROUPS]
     lists = {key: value for key, value in Given(overrides).items() if value.startswith("[")}
@@ -195,12 +195,19 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return dict(values)
 
 
-def _typed_keys(overrides: Sequence[str]) -> set[str]:
+def _typed_keys(overrides: Sequence[str]) -> dict[str, None]:
     """The dotted keys whose values the caller has typed, also those within a mapping (`per_layer.first={...}`)."""
-    found: set[str] = set()
+    found = dict[str, None]()
     for each in OverridesParser.create().parse_overrides(list(overrides)):
-        found.update(_leaves(each.key_or_group, None if each.is_delete() else each.value()))
+        found |= dict.fromkeys(_leaves(each.key_or_group, None if each.is_delete() else each.value()))
     return found
+
+
+def _set_keys(overrides: Sequence[str]) -> Iterator[str]:
+    """The key of each override; of one that sets a mapping (`optimizer.muon={lr: 0.1}`), those in it."""
+    for item in overrides:
+        if match := re.match(r"\+{0,2}(\w+(?:\.\w+)*)=(\{?)", item):
+            yield from _typed_keys([item]) if match[2] else [match[1]]
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:

@@ -346,7 +346,11 @@ def structure(module: nn.Module, inlined: Container[str] | None = None) -> tuple
         if name and inlined is not None and name not in inlined:
             parts.append((name, type(child)))
             continue
-        plain = tuple((key, _value(value)) for key, value in sorted(vars(child).items()) if not key.startswith("_"))
+        plain = tuple(
+            (key, _value(value))
+            for key, value in sorted(vars(child).items())
+            if not key.startswith("_") or isinstance(value, (int, float, str))
+        )
         tensors = tuple(
             (key, tuple(tensor.shape), tensor.dtype, tensor.device)
             for tensors in (child.named_parameters(recurse=False), child.named_buffers(recurse=False))

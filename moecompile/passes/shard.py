@@ -94,7 +94,9 @@ class ShardModel(ModelPass):
     name: str = "shard"
 
     def requires(self, model: nn.Module, plan: Plan) -> None:
-        """The model is cut as planned, the device mesh has the planned sizes, and the graphs the planned exchanges."""
+        """The model is cut as planned, the device mesh has the planned sizes, and the graphs the planned exchanges; all
+        ranks run the same layers.
+        """
         if plan.pipeline is not None and passage_of(model) is None:
             rule = "stages of a pipeline are run by ExpertParallelStrategy alone, with task=train and task=verify"
             raise PlanError("mesh.pp", plan.mesh.pp, rule, "Use mesh.pp=1")
@@ -104,6 +106,8 @@ class ShardModel(ModelPass):
                 raise PlanError(
                     f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"
                 )
+        if plan.mesh.stage.world_size > 1:
+            _check_all_layers_run(model)
         exchanges = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))
         planned = Counter(op for layer in plan.layers for op, _ in layer.scheduled_steps)
         if exchanges != planned:
@@ -142,6 +146,26 @@ class ShardModel(ModelPass):
                 raise PassError(self.name, name, f"{type(owner).__name__} holds every expert's {name} on every rank")
         if plan.mesh.world_size > 1:
             check_even(model, plan)
+
+
+_LAYERDROP = ("layerdrop", "speech_encoder_layerdrop")
+
+
+def _check_all_layers_run(model: nn.Module) -> None:
+    """Refuses LayerDrop: a rank that leaves a layer out would give its exchanges of the next one to ranks that do not,
+    and at last some would wait for ever.
+    """
+    modules = dict(model.named_modules())
+    owners: dict[str, object] = {path: module for path, module in modules.items() if hasattr(module, _LAYERDROP[0])}
+    configs = {f"{path}.config": module.config for path, module in modules.items() if hasattr(module, "config")}
+    for path, owner in (owners or configs).items():
+        for name in _LAYERDROP:
+            if isinstance(rate := getattr(owner, name, 0), float | int) and rate > 0:
+                raise PlanError(
+                    f"{path}.{name}".lstrip("."), rate,
+                    "leaves layers out by chance in training, each rank others, and the exchanges of a layer need all",
+                    f"Set it to 0, in a config of transformers too (model.config.{name}=0)",
+                )  # fmt: skip
 
 
 def _graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

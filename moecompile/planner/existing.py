@@ -189,6 +189,7 @@ def _unused_notes(plan: Plan, config: Config) -> Iterator[str]:
         "balance.update": no_bias,
         "experts.drop_ratio": (init != ExpertInit.drop, f"experts.init={init}"),
         "experts.shared_gate": (not config.experts.num_shared, "experts.num_shared=0"),
+        "routing.drop": (all(layer.routing.drop == "none" for layer in plan.layers), "routing.capacity_factor=null"),
         "routing.group_score": (all(layer.routing.groups == 1 for layer in plan.layers), "one group of experts"),
         "routing.skew": (workload not in (Workload.zipf, Workload.drift), f"routing.workload={workload.value}"),
         "routing.hot_experts": (not workload.has_hot_experts, f"routing.workload={workload.value}"),

@@ -379,7 +379,7 @@ def _whole_bytes(params: ModelParams, facts: ModelFacts) -> int:
 
 def _has_fsdp(mesh: MeshSpec, run: RunFacts) -> bool:
     """Whether FSDP gathers weights and reduces gradients: on one rank, where layers compute in another dtype."""
-    return mesh.world_size > 1 or run.precision == Precision.bf16_params.value
+    return mesh.world_size > 1 or run.precision.startswith(Precision.bf16_params.value)
 
 
 def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:

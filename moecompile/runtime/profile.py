@@ -464,7 +464,7 @@ class StepProfile(Callback):
     def _lower_bound(self, ranks: list[dict[str, Any]]) -> list[list[float]]:
         """(N, N) bytes of a step from node to node: a row to each other node with an expert, a sum back."""
         mesh, assumes = self.plan.mesh, self.plan.estimate and self.plan.estimate.assumes
-        compute = 2 if assumes and "bf16" in assumes.precision else 4
+        compute = assumes.number_bytes if assumes else 4
         bytes_, counted = np.zeros((mesh.num_nodes, mesh.num_nodes)), 0
         for rank, each in enumerate(ranks):
             counted += sum(map(len, each["tokens"]))

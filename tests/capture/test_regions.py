@@ -173,6 +173,58 @@ def test_what_a_graph_cannot_follow_is_refused(kind: Callable[[], nn.Module], tr
         traced(kind().train(training), tokens())
 
 
+class WithoutGradients(Base):
+    def act(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.relu(h)
+
+
+class Mirror(torch.autograd.Function):
+    """x forward, minus the gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return -gradients[0]
+
+
+class Swish(torch.autograd.Function):
+    """What autograd computes, but keeps less."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        s = torch.sigmoid(ctx.saved_tensors[0])
+        return gradients[0] * s * (1 + ctx.saved_tensors[0] * (1 - s))
+
+
+class Reversed(Base):
+    def act(self, h: Tensor) -> Tensor:
+        return F.relu(Mirror.apply(h))
+
+
+class OwnBackward(Base):
+    def act(self, h: Tensor) -> Tensor:
+        return Swish.apply(h)
+
+
+@pytest.mark.parametrize("kind", [WithoutGradients, Reversed])
+def test_other_gradients_are_refused(kind: Callable[[], nn.Module]) -> None:
+    with pytest.raises(CaptureError, match="does not have the gradients of the module"):
+        traced(kind(), tokens())
+
+
+def test_a_backward_that_is_written_by_hand_is_not() -> None:
+    traced(OwnBackward(), tokens())
+
+
 class FunctionalDropout(Base):
     def act(self, h: Tensor) -> Tensor:
         return F.dropout(F.relu(F.dropout(h, 0.25, self.training)), training=self.training)

@@ -307,6 +307,26 @@ def test_settings_of_some_layers_may_be_given_key_by_key_or_whole() -> None:
     assert by_key == whole == {"first": PerLayerConfig(layers="0:1", routing={"top_k": 1})}
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.muon={lr: 0.1}", "optimizer.muon.lr=0.1: has no effect with AdamW."),
+        ("experts.widen={noise: 0.1}", "experts.widen.noise=0.1: has no effect with experts.init=copy."),
+    ],
+)
+def test_keys_that_are_given_in_a_mapping_are_checked_like_others(override: str, says: str) -> None:
+    config = compose_config([override, "data.seq_len=32"])
+    assert config.given == [says.partition("=")[0], "data.seq_len"]
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        validate(config)
+
+
+def test_a_mapping_for_the_config_of_a_saved_model_is_refused() -> None:
+    says = "model.config.hidden_size=64: model.pretrained=folder has a config of its own"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        compose_config(["model.pretrained=folder", "model.config={hidden_size: 64}"])
+
+
 def test_a_defect_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecompile.compose.typed._typed", lambda cfg: 1 / 0)
     with pytest.raises(ZeroDivisionError):

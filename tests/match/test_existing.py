@@ -487,6 +487,10 @@ def test_on_the_meta_device_only_declared_layouts_are_taken() -> None:
             "+per_layer={late: {routing: {top_k: 1}}}",
             "per_layer.late.routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2",
         ),
+        (
+            "+per_layer.late={routing: {top_k: 1}}",
+            "per_layer.late.routing.top_k=1: {site} is in the model already, and the model has routing.top_k=2",
+        ),
     ],
 )  # fmt: skip
 def test_values_of_the_caller_are_refused(override: str, says: str) -> None:
@@ -556,7 +560,7 @@ def test_with_dense_sites_beside_them_the_callers_values_are_for_those() -> None
 def test_what_the_caller_gave_is_kept_in_the_resolved_config(tmp_path: Path) -> None:
     """So the ranks of a launched task know it too."""
     given = compose_config(["experts.num_routed=4", "routing=deepseek_v3", "+per_layer={late: {layers: '1:'}}"])
-    assert given.given == ["experts.num_routed", "per_layer"]
+    assert given.given == ["experts.num_routed", "per_layer.late.layers"]
     save_resolved(given, tmp_path / "resolved.yaml")
     assert load_resolved(tmp_path / "resolved.yaml").given == given.given
     with pytest.raises(ConfigError, match=r"^given=\['a\.b'\]: is filled in by the program\. Leave it out\.$"):

@@ -57,6 +57,25 @@ def test_other_shapes_classes_or_numbers_get_a_trace_of_their_own(monkeypatch: p
     assert traces(model, tokens(), monkeypatch) == 5
 
 
+def test_a_number_of_a_layer_is_its_own_whatever_its_name_and_without_values_too() -> None:
+    """On the meta device a trace is used again without a comparison of values."""
+
+    class Scaled(UpDown):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self._scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x)) * self._scale)
+
+    model = nn.Sequential(Scaled(1.0), Scaled(0.5)).to("meta")
+    captured = capture_regions(record(model, tokens().to("meta")), unproven)
+    products = [
+        node for region in captured.regions.values() for node in region.graph.graph.nodes if "mul" in str(node.target)
+    ]
+    assert [node.args[1] for node in products] == [1.0, 0.5]
+
+
 def test_structure_knows_plain_values_and_the_identity_of_others() -> None:
     assert structure(Limited(0.2)) == structure(Limited(0.2)) != structure(Limited(0.3))
     shared = [1]

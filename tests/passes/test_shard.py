@@ -72,6 +72,21 @@ def test_a_device_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
             shard(model, plan, device_mesh_of(one.mesh, "cpu"))
 
 
+def test_layers_that_are_left_out_by_chance_are_refused_on_several_ranks() -> None:
+    """Their exchanges would meet those of other layers."""
+
+    class Dropping(TinyGPT):
+        layerdrop = 0.1
+
+    for sizes in (["mesh.ranks_per_node=2"], ["mesh.ranks_per_node=2", "mesh.ep=1"]):
+        compiled = compile_with_report(Dropping(), config(*COPY4, *sizes), example=ids())
+        with fake_rank(0, 2), pytest.raises(PlanError, match="layerdrop=0[.]1: leaves layers out by chance"):
+            shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
+    compiled.model.layerdrop = 0.0
+    with fake_rank(0, 2):
+        shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
+
+
 def test_expert_parameters_are_those_stacked_over_experts(tmp_path: Path) -> None:
     """Of experts that were made and of experts that the model has; routers, norms and shared experts are not."""
     made = compile_with_report(UpDown(), config(*COPY4), example=tokens()).model

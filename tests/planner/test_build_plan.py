@@ -425,7 +425,9 @@ def test_impossible_plans_are_errors(overrides: list[str], message: str) -> None
 
 
 def test_what_only_another_setting_reads_is_said() -> None:
-    given = ["balance.rate=0.5", "experts.drop_ratio=0.9", "routing.skew=2", "routing.hot_experts=2"]
+    given = [
+        "balance.rate=0.5", "experts.drop_ratio=0.9", "routing.drop=score", "routing.skew=2", "routing.hot_experts=2"
+    ]  # fmt: skip
 
     def said(*words: str) -> list[str]:
         chosen = compose_config([*given, *words])
@@ -434,4 +436,5 @@ def test_what_only_another_setting_reads_is_said() -> None:
     every = [f"ignored: {word.partition('=')[0]}" for word in given]
     assert said() == said("balance=aux") == every
     assert said("balance.rule=bias", "experts.init=drop") == every[2:]
-    assert said("routing.workload=zipf") == [*every[:2], every[3]] and said("routing.workload=hot_block") == every[:3]
+    assert said("routing.capacity_factor=1.5") == [*every[:2], *every[3:]]
+    assert said("routing.workload=zipf") == [*every[:3], every[4]] and said("routing.workload=hot_block") == every[:4]

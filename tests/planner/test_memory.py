@@ -191,3 +191,15 @@ def test_what_waits_for_the_weight_gradients_is_predicted() -> None:
     for found in run_distributed_test(_left_on_ranks, 2):
         for kind, (predicted, measured) in found.items():
             assert predicted == pytest.approx(measured, rel=0.1), (kind, found)
+
+
+def test_fsdp_gathers_weights_that_are_stored_in_bf16_on_one_rank_too() -> None:
+    held = {}
+    for stored in (torch.float32, torch.bfloat16):
+        config, example = ["mesh=cpu_1", "trainer.precision=bf16_params"], torch.zeros(1, 64, dtype=stored)
+        plan = make_plan(Gated(64, 256).to(stored), config, example=example)
+        assert plan.estimate is not None
+        held[stored] = plan.estimate.memory_bytes_per_rank
+    assert held[torch.bfloat16].grads == held[torch.float32].grads  # both are reduced in fp32
+    sharded = sum(p.numel() for p in Gated(64, 256).parameters())
+    assert held[torch.bfloat16].weights > 2 * 2 * sharded

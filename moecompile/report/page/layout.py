@@ -59,7 +59,7 @@ def planned_bytes(plan: Plan) -> Matrix:
     for layer in plan.layers:
         wire = Wire(
             d_model=layer.row_site.d_model, tokens_per_rank=tokens, wire_dtype=layer.dispatch.wire_dtype,
-            element_bytes=2 if "bf16" in assumes.precision else 4,
+            element_bytes=assumes.number_bytes,
         )  # fmt: skip
         sent = forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire)
         by_link = {LinkClass.INTRA_NODE: sent.intra_node, LinkClass.INTER_NODE: sent.inter_node}
@@ -209,7 +209,7 @@ def _exchanges(run: Run, layers: Sequence[LayerPlan]) -> Iterator[str]:
 
 def _rows(plan: Plan, layer: LayerPlan) -> Iterator[tuple[object, ...]]:
     copies, tokens, width = _copies(plan, layer), _tokens(plan), layer.row_site.d_model
-    compute = 2 if plan.estimate and plan.estimate.assumes and "bf16" in plan.estimate.assumes.precision else 4
+    compute = plan.estimate.assumes.number_bytes if plan.estimate and plan.estimate.assumes else 4
     there, back = layer.dispatch.wire.row_bytes(width, compute)
     half = sum(op in _ROWS for op, _ in layer.lent_steps) // 2
     seen = 0

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from moecompile import make_plan
 from moecompile.load_history import NO_EXPERT
 from moecompile.report.heatmap import load_ratios
 from moecompile.report.page import try_report, write_report
@@ -19,6 +21,7 @@ from moecompile.report.page.layout import blocks, planned_bytes
 from moecompile.report.page.read import read_run
 from tests.plan.plans import a_plan
 from tests.report.page.runs import FORECAST_FIELDS, a_run
+from tests.tiny import COPY4, UpDown, tokens
 
 TITLES = ["verdict", "steps", "price", "load", "traffic", "layout", "tokens", "curves", "setup"]
 
@@ -122,6 +125,17 @@ def test_planned_bytes_add_up_to_the_estimate_and_keep_to_the_links() -> None:
         between = blocks(matrix, 2)
         assert between[0, 1] == pytest.approx(2 * tokens * mean.inter_node)
         assert (matrix[0, 3] == 0) == (kind == "hierarchical")  # rank 3 is not rank 0's place on the other node
+
+
+def test_planned_bytes_are_of_numbers_as_they_are_computed() -> None:
+    for stored, precision in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.float32, "bf16_params")):
+        settings = [*COPY4, "mesh=cpu_1x2", "dispatch.kind=dedup", f"trainer.precision={precision}"]
+        plan = make_plan(UpDown().to(stored), settings, example=tokens(dtype=stored))
+        assert plan.estimate is not None
+        assert plan.estimate.assumes is not None
+        of_step = plan.estimate.assumes.tokens_per_rank * plan.estimate.assumes.accumulation
+        planned = planned_bytes(plan)[0].sum()
+        assert planned == pytest.approx(of_step * plan.estimate.bytes_per_token_per_layer.intra_node)
 
 
 def test_lift_and_coactivation_are_those_of_loops() -> None:
