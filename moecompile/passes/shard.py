@@ -164,7 +164,7 @@ def _check_all_layers_run(model: nn.Module) -> None:
                 raise PlanError(
                     f"{path}.{name}".lstrip("."), rate,
                     "leaves layers out by chance in training, each rank others, and the exchanges of a layer need all",
-                    f"Set it to 0, in a config of transformers too (model.config.{name}=0)",
+                    "Set it to 0, or in the model's config.json what sets it (layerdrop, encoder_layerdrop, decoder_layerdrop)",
                 )  # fmt: skip
 
 
