@@ -13,6 +13,8 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -246,7 +248,10 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
     out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
-    mistakes = {"count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows}
+    mistakes = {
+        "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
+        "average": _averaged, "scaler": _scaled,
+    }  # fmt: skip
     for name, call in mistakes.items():
         try:
             call(folder)
@@ -330,6 +335,16 @@ def _table_by_rows(folder: str) -> None:
     rows = ["embeddings.shard=ep", "embeddings.min_numbers=1", "embeddings.optimizer=lazy_adamw"]
     module.model = moecompile.compile_model(model, [*OVERRIDES, *rows], example=torch.zeros(1, 4, dtype=torch.int64))
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)  # SGD of torch's
+
+
+def _averaged(folder: str) -> None:
+    average = StochasticWeightAveraging(swa_lrs=0.01)
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[average], **CPU).fit(Mean())
+
+
+def _scaled(folder: str) -> None:
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, plugins=plugins, **CPU).fit(Mean())
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +470,8 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
     assert results[1]["table"].startswith(
         "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
     )
+    assert results[0]["average"].startswith("callbacks=StochasticWeightAveraging: averages a copy of the whole weights")
+    assert results[1]["scaler"].startswith("precision=16-mixed: lets each rank decide by itself whether a step is")
 
 
 def test_unknown_loss() -> None:
