@@ -80,7 +80,7 @@ from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
 from moecompile.runtime.weight_groups import check_rows_are_stepped, step_meshes_apart
-from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
+from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts, tree_map_only
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
@@ -449,7 +449,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._stages is not None:
             return self._stages.training_step(args, kwargs, is_last=self._is_last)
         if self.on_nan is not None:
-            self._window.arguments.append((args, kwargs))
+            # Containers of its own: a step may take something out of its batch.
+            self._window.arguments.append(tree_map_only(Tensor, lambda leaf: leaf, (args, kwargs)))
         with self._random_numbers():
             output = self._module_step(*args, **kwargs)
         if self.loss == "sum" and self._is_automatic and output is not None:  # None: handled by Lightning
