@@ -333,7 +333,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             raise ConfigError(
                 "precision", "16-mixed", "lets each rank decide by itself whether a step is skipped", "Use bf16-mixed"
             )
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 raise ConfigError(
                     "callbacks", type(callback).__name__,
