@@ -71,6 +71,17 @@ def hidden_matrices(model: nn.Module) -> dict[str, Layout]:
     return found
 
 
+def stacked_biases(model: nn.Module) -> set[nn.Parameter]:
+    """The biases of experts: a vector of each in a parameter of two dims."""
+    of_experts = [
+        (owner, experts.names)
+        for owner in model.modules()
+        for experts in (owner, *owner.children())
+        if isinstance(experts, Experts if experts is owner else ExistingExperts)
+    ]
+    return {owner.get_parameter(name) for owner, names in of_experts for name in names if name.endswith("_bias")}
+
+
 def _stacked(model: nn.Module) -> Iterator[tuple[int, Layout]]:
     """(id, layout) of every parameter that is stacked over experts; biases too."""
     for owner in model.modules():

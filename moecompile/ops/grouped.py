@@ -22,6 +22,7 @@ from moecompile.ops import sizes
 from moecompile.ops.collect import collected_by
 from moecompile.ops.cpu.blocks import Block, make_blocks, pieces, scratch, starts_of
 from moecompile.ops.cpu.products import Products, suits_kernel
+from moecompile.ops.layout import sum_by
 
 _ALIGNMENT_BYTES = 16  # of every row; F.grouped_mm requires it
 _FEW_ROWS = {torch.float32: 128, torch.bfloat16: 24}  # average rows per expert, on a CPU; benchmarks/layer.py
@@ -198,11 +199,11 @@ expert_bias.register_autograd(_expert_bias_backward, setup_context=_expert_bias_
 
 @torch.library.custom_op("moecompile::sum_experts", mutates_args=())
 def sum_experts(rows_RF: Tensor, counts_E: Tensor) -> Tensor:
-    """Sum of each expert's rows, (E, F): the gradient of `expert_bias`."""
+    """Sum of each expert's rows, (E, F): the gradient of `expert_bias`. In at least fp32, and rounded once."""
     expert_R = torch.arange(counts_E.numel(), device=counts_E.device).repeat_interleave(
         counts_E, output_size=rows_RF.shape[0]
     )
-    return rows_RF.new_zeros(counts_E.numel(), rows_RF.shape[1]).index_add_(0, expert_R, rows_RF)
+    return sum_by(rows_RF, expert_R, counts_E.numel())
 
 
 @sum_experts.register_fake

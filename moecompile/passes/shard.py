@@ -164,7 +164,7 @@ def _check_all_layers_run(model: nn.Module) -> None:
                 raise PlanError(
                     f"{path}.{name}".lstrip("."), rate,
                     "leaves layers out by chance in training, each rank others, and the exchanges of a layer need all",
-                    "Set it to 0, or in the model's config.json what sets it (layerdrop, encoder_layerdrop, decoder_layerdrop)",
+                    "Set it to 0, or in the model's config what it comes from (encoder_layerdrop, decoder_layerdrop)",
                 )  # fmt: skip
 
 

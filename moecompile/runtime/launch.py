@@ -30,7 +30,7 @@ from moecompile.errors import RankFailure
 from moecompile.rundir import output_dir, settle
 from moecompile.runtime import failures, logs, signals
 from moecompile.runtime.external_launch import GRACE_S, PEER_GRACE_S, is_leading, leave, run_on_all
-from moecompile.runtime.ranks import Ranks, check_mesh, free_port, worker_variables
+from moecompile.runtime.ranks import Ranks, check_alone, check_mesh, free_port, worker_variables
 
 _RESTART = "MOECOMPILE_RESTART"
 _HANGING_UP = (signal.SIGHUP, signal.SIGQUIT)
@@ -51,7 +51,7 @@ def launch(
         num_nodes: of the mesh; processes of one machine may simulate several.
 
     Raises:
-        UserError: a rank raised it.
+        UserError: a rank raised it, or another launcher has started several processes like this one.
         RankFailure: any other failure, with the rank and the last line of its traceback.
         ConfigError: torchrun or SLURM started ranks that do not fit the mesh.
         Stopped: a signal has ended the run.
@@ -59,6 +59,7 @@ def launch(
     if is_leading():
         run_on_all(world_size, run_dir, module=module, threads=threads, num_nodes=num_nodes)
     else:
+        check_alone()
         if played := check_mesh(num_nodes, world_size // num_nodes, 1, world_size, "moecompile"):
             waiting.done()
             print(played, flush=True)

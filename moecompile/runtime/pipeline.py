@@ -248,6 +248,18 @@ class _Step:
     results: dict[int, Any] = field(default_factory=dict)
 
 
+class _Handed(torch.autograd.Function):
+    """The identity, whose result a layer may write to: unlike a leaf, or a view of one."""
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor) -> Tensor:
+        return received.detach()  # of the same version: a stage before that has saved it sees the write
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _Beside:
     """Runs a forward beside a backward (moecompile.ops.baton).
 
@@ -359,7 +371,7 @@ class Stages:
 
     def _forward(self, action: Action, kept: _Kept, run: _Step) -> None:
         stage, number, steps = action.stage, action.micro_batch, run.steps
-        handed = [tensor.view_as(tensor) for tensor in kept.received]  # which a layer may write to, unlike a leaf
+        handed = [_Handed.apply(tensor) for tensor in kept.received]  # type: ignore[no-untyped-call]
         with steps.before(action), self.passage.running(self.model, stage, handed):
             is_last = self.passage.is_last
             try:

@@ -23,6 +23,9 @@ FREE_PORTS = (30_000, 32_768)
 
 _TRIED_PORTS = 64
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MPIRUN = "OMPI_COMM_WORLD_SIZE"
+_OTHERS = {_MPIRUN: "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK", "WORLD_SIZE": "RANK"}
+"""Variables of other launchers, number of processes -> which one: Open MPI, MPICH and Intel MPI, pods of a job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,24 @@ def started_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
             node=int(environ.get("GROUP_RANK", 0)),
         )
     num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and num_tasks > 1:
+    has_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and num_tasks > 1
+    if has_step and _MPIRUN not in environ:  # else it is the step of mpirun's daemons, one on each node
         return _slurm_ranks(environ, num_tasks)
     return None
+
+
+def check_alone(environ: Mapping[str, str] = os.environ) -> None:
+    """Checks that this process, which is about to start all ranks, is not one of several that would do so.
+
+    Raises:
+        UserError: another launcher has started several.
+    """
+    for name, place in _OTHERS.items():
+        if (number := environ.get(name, "")).isdigit() and int(number) > 1 and place in environ:
+            raise UserError(
+                f"{name}={number}: this is one of {number} processes, and each would start all ranks, for a run of its "
+                f"own. Start them by torchrun or srun, or unset the variable if there is only this one."
+            )
 
 
 def check_places(places: Sequence[tuple[int, int]], launcher: str) -> None:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -79,7 +80,7 @@ from moecompile.runtime.manual import Guard, Tokens, only_routers_behind
 from moecompile.runtime.nonfinite import error_of, origin
 from moecompile.runtime.stages import PipelineSteps, check_held, loss_kinds
 from moecompile.runtime.weight_groups import check_rows_are_stepped, step_meshes_apart
-from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts
+from moecompile.torch_private import drop_unreduced, parameters_of, set_timeouts, tree_map_only
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _MIX = 0x9E3779B97F4A7C15  # odd and large: neighbouring keys are far apart
@@ -227,6 +228,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compiled = compiled_module(self.model)
         plan = plan_of(compiled)
         self._check_world(plan)
+        if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            self._check_of_ranks(trainer)
         if self.materialize is None or self._device_mesh is not None:
             self.model_to_device()  # also restores shards that an earlier validation left unsharded
         self.model = self.precision_plugin.convert_module(self.model)
@@ -263,11 +266,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         index, kinds = plan.mesh.index(self.global_rank, Part.LAYERS), loss_kinds(compiled)
         if plan.pipeline is not None:
             assert self.model is not None
-            if getattr(self.precision_plugin, "scaler", None) is not None:
-                raise ConfigError(
-                    "precision", "16-mixed", "scales the loss before its backward, which a pipeline runs before that",
-                    "Use bf16-mixed, or no stages",
-                )  # fmt: skip
             check_held(self.model, compiled)
             run_on_model([Cut(index=index)], compiled, plan)
         steps = on_every_rank(
@@ -328,6 +326,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 f"with {plan.mesh.setting(Part.SEQUENCE)}, ranks may have unequally many of a sequence's targets",
                 "Return {'loss': sum, 'num_tokens': n} of moecompile.own_positions(model, labels), and use loss='sum'",
             )  # fmt: skip
+
+    def _check_of_ranks(self, trainer: Trainer) -> None:
+        """Refuses what trains with one rank alone, and would end in torch's words: averages late in a run."""
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigError(
+                "precision", "16-mixed", "lets each rank decide by itself whether a step is skipped", "Use bf16-mixed"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise ConfigError(
+                    "callbacks", type(callback).__name__,
+                    "averages a copy of the whole weights, and a rank has shards, or stages, of them",
+                    "Leave it out, or average the weights of a rank in a callback of your own",
+                )  # fmt: skip
 
     # -- from training_step to the optimizer step ------------------------------------------------------------
 
@@ -437,7 +449,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._stages is not None:
             return self._stages.training_step(args, kwargs, is_last=self._is_last)
         if self.on_nan is not None:
-            self._window.arguments.append((args, kwargs))
+            # Containers of its own: a step may take something out of its batch.
+            self._window.arguments.append(tree_map_only(Tensor, lambda leaf: leaf, (args, kwargs)))
         with self._random_numbers():
             output = self._module_step(*args, **kwargs)
         if self.loss == "sum" and self._is_automatic and output is not None:  # None: handled by Lightning

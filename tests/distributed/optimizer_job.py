@@ -280,7 +280,8 @@ def looped(case: Case) -> Run:
         group = next((g for g in config.groups if _matches(name, g.match)), WeightGroupConfig())
         by_muon = parameter.ndim > 1 and any(part in name for part in case.muon) and not name.endswith("bias")
         by_muon = by_muon and "gate_weight" not in name and group.kind is not OptimizerKind.adamw
-        decay = (DECAY if parameter.ndim > 1 else 0.0) if group.weight_decay is None else group.weight_decay
+        decays = parameter.ndim > 1 and not name.endswith("bias")
+        decay = (DECAY if decays else 0.0) if group.weight_decay is None else group.weight_decay
         if by_muon:
             chosen[name], moments[name] = (plain_lr * group.lr_scale, decay), torch.zeros_like(parameter)
         else:

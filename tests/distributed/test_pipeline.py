@@ -91,10 +91,25 @@ class Model(nn.Module):
         return classes
 
 
-def built(mesh: list[str], frozen: tuple[str, ...] = ()) -> nn.Module:
+class WritingLayer(Layer):
+    """It writes to what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(1.5))
+
+
+class WritingModel(Model):
+    """Layers that write to what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WritingLayer() for _ in range(4))
+
+
+def built(mesh: list[str], frozen: tuple[str, ...] = (), kind: type[Model] = Model) -> nn.Module:
     torch.manual_seed(0)
     overrides = [*EXPERTS, *RUN, *mesh]
-    model = moecompile.compile_model(Model().double(), overrides, example=torch.zeros(BATCH, 6).double())
+    model = moecompile.compile_model(kind().double(), overrides, example=torch.zeros(BATCH, 6).double())
     for _, router in routers_of(model):  # copies of an expert would have the same gradients
         nn.init.normal_(router.weight)
     for name, parameter in model.named_parameters():
@@ -153,14 +168,16 @@ def loader(place: int) -> Any:
     return DataLoader(TensorDataset(*data(place)), batch_size=BATCH)
 
 
-def fit(mesh: list[str], frozen: tuple[str, ...] = (), **settings: Any) -> tuple[Trainer, Module]:
+def fit(
+    mesh: list[str], frozen: tuple[str, ...] = (), kind: type[Model] = Model, **settings: Any
+) -> tuple[Trainer, Module]:
     strategy = moecompile.ExpertParallelStrategy(**settings)
     stop = EarlyStopping("val_loss", min_delta=100.0, patience=5)  # every rank must know the value
     trainer = Trainer(
         strategy=strategy, devices=WORLD, max_epochs=1, accumulate_grad_batches=MICRO, gradient_clip_val=1e-2,
         callbacks=[stop], num_sanity_val_steps=0, **CPU,
     )  # fmt: skip
-    module = Module(built(mesh, frozen), Found())
+    module = Module(built(mesh, frozen, kind), Found())
     plan = moecompile.plan_of(module.model)
     place = plan.mesh.batch_index(dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]))
     trainer.fit(module, loader(place), loader(100 + place))
@@ -333,6 +350,7 @@ def every(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     cases["computed again"] = fit(INTERLEAVED, checkpointing="full")[1].found
     cases["frozen"] = fit(THERE_AND_BACK, FROZEN)[1].found
     cases["frozen, reduced each"] = fit([*THERE_AND_BACK, "trainer.reduce=each"], FROZEN)[1].found
+    cases["written to"] = fit(MESHES[4], kind=WritingModel)[1].found
     best = kept_best(folder / "best")
     return {**cases, "sizes": counted, "chain": chain(folder), "draws": draws(), "best": best, "refusals": refusals()}
 
@@ -343,9 +361,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @cache
-def alone(places: int, frozen: tuple[str, ...] = ()) -> Found:
+def alone(places: int, frozen: tuple[str, ...] = (), kind: type[Model] = Model) -> Found:
     """One process over the batches of all places: gradients before clipping, weights, losses."""
-    model, found = built(["mesh.ranks_per_node=1"], frozen), Found()
+    model, found = built(["mesh.ranks_per_node=1"], frozen, kind), Found()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
     losses: list[float] = []
@@ -372,13 +390,14 @@ def alone(places: int, frozen: tuple[str, ...] = ()) -> Found:
 
 CASES = {
     "pp 1": 4, "pp 2": 2, "pp 4": 1, "interleaved": 2, "there and back": 2, "computed again": 2, "frozen": 2,
-    "frozen, reduced each": 2,
+    "frozen, reduced each": 2, "written to": 1,
 }  # fmt: skip
 """Name -> different micro-batches at a time."""
 
 
 def of_one_process(name: str) -> Found:
-    return alone(CASES[name], FROZEN if name.startswith("frozen") else ())
+    kind = WritingModel if name == "written to" else Model
+    return alone(CASES[name], FROZEN if name.startswith("frozen") else (), kind)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,12 +13,14 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import moecompile
-from moecompile.errors import ConfigError, PlanError
+from moecompile.errors import ConfigError, PlanError, UserError
 from moecompile.mesh import MeshSpec
 from moecompile.runtime.groups import Groups
 from moecompile.runtime.trainer_checkpoint import _set_by_weights
@@ -104,6 +106,14 @@ class Sum(Mean):
 
 class SumWithoutCount(Mean):
     """Forgets its token count."""
+
+
+class Takes(Mean):
+    """Takes its batch apart, and has a loss that is not finite."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        y, x = batch.pop(), batch.pop()
+        return F.cross_entropy(self.model(x), y) * torch.nan
 
 
 class MeanAux(Mean):
@@ -246,11 +256,14 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     names = {"mean": "expert_parallel", "sum": "sum", "mean-aux": "mean", "sum-aux": "sum"}
     out = {case: fit(rank, world_size, module, names[case], f"{folder}/{case}") for case, module in MODULES.items()}
     out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
-    mistakes = {"count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows}
+    mistakes = {
+        "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
+        "average": _averaged, "scaler": _scaled, "nan": _not_finite,
+    }  # fmt: skip
     for name, call in mistakes.items():
         try:
             call(folder)
-        except (ConfigError, PlanError) as error:
+        except UserError as error:
             out[name] = str(error)
     out["predicted"] = _predicted()
     axes = ("ep", "cp", "tp", "pp")
@@ -330,6 +343,21 @@ def _table_by_rows(folder: str) -> None:
     rows = ["embeddings.shard=ep", "embeddings.min_numbers=1", "embeddings.optimizer=lazy_adamw"]
     module.model = moecompile.compile_model(model, [*OVERRIDES, *rows], example=torch.zeros(1, 4, dtype=torch.int64))
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU).fit(module)  # SGD of torch's
+
+
+def _averaged(folder: str) -> None:
+    average = StochasticWeightAveraging(swa_lrs=0.01)
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[average], **CPU).fit(Mean())
+
+
+def _scaled(folder: str) -> None:
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, plugins=plugins, **CPU).fit(Mean())
+
+
+def _not_finite(folder: str) -> None:
+    strategy = moecompile.ExpertParallelStrategy(on_nan="stop")
+    Trainer(strategy=strategy, devices=WORLD, max_epochs=1, **CPU).fit(Takes())
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +483,9 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
     assert results[1]["table"].startswith(
         "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
     )
+    assert results[0]["average"].startswith("callbacks=StochasticWeightAveraging: averages a copy of the whole weights")
+    assert results[0]["nan"].startswith("the loss or a gradient of step 1 is not finite. It began in ")
+    assert results[1]["scaler"].startswith("precision=16-mixed: lets each rank decide by itself whether a step is")
 
 
 def test_unknown_loss() -> None:

@@ -61,6 +61,13 @@ def test_expert_bias_repeats_and_sums(counts: list[int]) -> None:
     assert bias.grad.tolist() == [[float(count)] * 2 for count in counts]
 
 
+def test_bias_gradients_are_not_added_up_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`index_add_` of a GPU adds in the dtype of the rows, and 256 + 1 is 256 in bf16."""
+    monkeypatch.setattr(torch.Tensor, "index_add_", None, raising=False)
+    rows = torch.ones(600, 2, dtype=torch.bfloat16)
+    assert op.sum_experts(rows, torch.tensor([512, 0, 88])).tolist() == [[512.0] * 2, [0.0] * 2, [88.0] * 2]
+
+
 def test_bf16_rows_are_multiplied_in_bf16() -> None:
     rows, weight = torch.randn(3, 4).bfloat16(), torch.randn(2, 5, 4).bfloat16()
     out = op.grouped_mm(rows, [weight], torch.tensor([1, 2]), None, 0)

@@ -80,7 +80,7 @@ def test_layers_that_are_left_out_by_chance_are_refused_on_several_ranks() -> No
 
     for sizes in (["mesh.ranks_per_node=2"], ["mesh.ranks_per_node=2", "mesh.ep=1"]):
         compiled = compile_with_report(Dropping(), config(*COPY4, *sizes), example=ids())
-        with fake_rank(0, 2), pytest.raises(PlanError, match="layerdrop=0[.]1: leaves layers out by chance"):
+        with fake_rank(0, 2), pytest.raises(PlanError, match=r"layerdrop=0[.]1: leaves layers out by chance"):
             shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
     compiled.model.layerdrop = 0.0
     with fake_rank(0, 2):

@@ -12,7 +12,16 @@ from moecompile import rundir
 from moecompile.errors import ConfigError, UserError
 from moecompile.runtime import external_launch, failures
 from moecompile.runtime.external_launch import meet
-from moecompile.runtime.ranks import Ranks, check_mesh, check_places, free_port, started_ranks, worker_variables
+from moecompile.runtime.launch import launch
+from moecompile.runtime.ranks import (
+    Ranks,
+    check_alone,
+    check_mesh,
+    check_places,
+    free_port,
+    started_ranks,
+    worker_variables,
+)
 
 # -- which failure is told -------------------------------------------------------------------------------------------
 
@@ -150,6 +159,32 @@ def test_torchrun_comes_before_slurm() -> None:
     ranks = started_ranks({**STEP, **torchrun})
     assert ranks is not None
     assert (ranks.rank, ranks.world_size, ranks.local_world_size, ranks.launcher) == (1, 2, 2, "torchrun")
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {
+            **STEP,
+            "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_RANK": "1",
+        },  # mpirun in a batch job: the step is its own
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "5"},  # a pod, in which torchrun belongs
+    ],
+)
+def test_several_processes_of_another_launcher_do_not_each_start_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    assert started_ranks(environ) is None
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"_SIZE=.: this is one of . processes, .* Start them by torchrun or srun"):
+        launch(2, tmp_path, module="none", threads=1)
+
+
+def test_one_process_of_a_launcher_may_start_ranks() -> None:
+    check_alone({"RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1", "PMI_RANK": "0"})
 
 
 def test_loopback_only_on_one_machine() -> None:

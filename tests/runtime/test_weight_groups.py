@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import moecompile
 from moecompile.errors import ConfigError
+from moecompile.nn import Experts
+from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.lookups import tables_of
 from moecompile.runtime.muon import Muon
 from moecompile.runtime.weight_groups import check_rows_are_stepped, make_optimizer, step_meshes_apart, weight_groups
@@ -42,6 +44,16 @@ def rows(config: OptimizerConfig, model: nn.Module | None = None) -> list[tuple[
 
 def test_by_default_matrices_decay_and_vectors_do_not() -> None:
     assert rows(OptimizerConfig()) == [("adamw", 6, 176, 1e-3, 0.1, None), ("adamw", 8, 36, 1e-3, 0.0, None)]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_biases_of_experts_decay_no_more_than_those_of_a_dense_layer(existing: bool) -> None:
+    owner = nn.Module()
+    experts = Experts(4, 6, 3, gated=True, activation=nn.Identity(), bias_up=True, bias_down=True)
+    for name, parameter in experts.named_parameters() if existing else ():
+        owner.register_parameter(name, nn.Parameter(parameter.detach()))
+    owner.experts = ExistingExperts(3, nn.Identity(), experts.names, transposed=False) if existing else experts
+    assert rows(OptimizerConfig(), owner) == [("adamw", 2, 216, 1e-3, 0.1, None), ("adamw", 2, 48, 1e-3, 0.0, None)]
 
 
 def test_muon_has_the_matrices_of_hidden_layers() -> None:
