@@ -193,7 +193,9 @@ def _check_counted_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     given = named_arguments(model, args, kwargs)
     asked = given.get("output_router_logits")
     asked = getattr(config, "output_router_logits", False) if asked is None else asked
-    if not (model.training and asked and given.get("labels") is not None) or _reads_no_coefficient(model):
+    if not asked or given.get("labels") is None or _reads_no_coefficient(model):
+        return
+    if not any(reader.training for _, reader in own_routers(model)):  # the model itself may be in evaluation mode
         return
     for name, value in own_losses(model).items():
         raise ConfigError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moecompile.nn.meter import LoadMeter
 from moecompile.nn.padding import DECODER, ENCODER, IDS, Padding, ReadsCall, TokenIds, TokenMask
 
 _INVERTED = "src_key_padding_mask"  # of torch's own layers: true where padding is
@@ -42,7 +43,7 @@ class _Warner:
         self.left = 20  # forwards that are looked at: each look waits for the device
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self.left or not model.training:
+        if torch.compiler.is_compiling() or not self.left or not any(meter.training for meter in _meters(model)):
             return
         padded = [name for name, mask in masks_of(model, args, kwargs).items() if mask.dim() == 2 and not mask.all()]
         self.left = 0 if padded else self.left - 1
@@ -52,6 +53,11 @@ class _Warner:
                 "has this argument, or with data.mask_padding=always",
                 stacklevel=2,
             )
+
+
+def _meters(model: nn.Module) -> Iterator[LoadMeter]:
+    """They are in training mode whenever the model is trained; it may be in evaluation mode itself."""
+    return (module for module in model.modules() if isinstance(module, LoadMeter))
 
 
 class _Forgetter:

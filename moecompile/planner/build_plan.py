@@ -62,7 +62,7 @@ from moecompile.planner.existing import (
     selection,
     stack_of,
 )
-from moecompile.planner.lending import plan_lending
+from moecompile.planner.lending import not_lent, plan_lending
 from moecompile.planner.lookups import plan_lookups
 from moecompile.planner.memory import buffer_bytes, model_state_bytes
 from moecompile.planner.params import BF16_BYTES, FP32_BYTES, Expected, ModelFacts, RunFacts
@@ -314,7 +314,8 @@ def _with_adapters(layer: LayerPlan, config: Config) -> LayerPlan:
     if not names:
         return layer
     adapters = ExpertAdapters(rank=chosen.rank, alpha=float(chosen.alpha), weights=tuple(names))
-    return replace(layer, adapters=adapters, fused=False)
+    dispatch = not_lent(layer.dispatch, config, "experts with adapters are not lent", "adapters.experts=null")
+    return replace(layer, adapters=adapters, fused=False, dispatch=dispatch)
 
 
 def _is_router(path: str, sizes: tuple[int, int], layers: Sequence[LayerPlan]) -> bool:
@@ -535,8 +536,8 @@ def _layer(
     if isinstance(site, ExpertsSite):
         own = own_balance(site, sites, config, facts.own_losses)
         dispatch = partial(plan_dispatch, config, mesh, site, site.d_ff, 0)
-        return _by_backend(existing_layer(site, settings, mesh, config, dispatch, own), settings)
-    return _by_backend(_made_layer(site, settings, config, mesh, facts), settings)
+        return _by_backend(existing_layer(site, settings, mesh, config, dispatch, own), settings, config)
+    return _by_backend(_made_layer(site, settings, config, mesh, facts), settings, config)
 
 
 def _made_layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: MeshSpec, facts: ModelFacts) -> LayerPlan:
@@ -604,8 +605,8 @@ def _rows(site: FFNSite, settings: LayerSettings, d_shared: int) -> tuple[FFNSit
     return replace(site, d_model=latent), d_shared * site.d_model // latent
 
 
-def _by_backend(layer: LayerPlan, settings: LayerSettings) -> LayerPlan:
-    """The layer, with its experts computed by `experts.backend`."""
+def _by_backend(layer: LayerPlan, settings: LayerSettings, config: Config) -> LayerPlan:
+    """The layer, with its experts computed by `experts.backend`: not lent, and `overlap=auto` is none."""
     backend = settings.experts.backend
     if not backend:
         return layer
@@ -615,7 +616,11 @@ def _by_backend(layer: LayerPlan, settings: LayerSettings) -> LayerPlan:
             f"sent once to a rank: not those of {layer.site.fqn} with dispatch.kind={layer.dispatch.kind}",
             "Use null, or another dispatch.kind than flat",
         )  # fmt: skip
-    return replace(layer, experts=replace(layer.experts, backend=backend))
+    rule = f"experts.backend={backend} computes the experts of its own rank"
+    dispatch = not_lent(layer.dispatch, config, rule, "experts.backend=null")
+    if config.dispatch.overlap is OverlapKind.auto:
+        dispatch = replace(dispatch, overlap="none", chunks=1)
+    return replace(layer, experts=replace(layer.experts, backend=backend), dispatch=dispatch)
 
 
 def _check_future(settings: LayerSettings, facts: ModelFacts) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec, Part
@@ -69,6 +70,17 @@ def plan_lending(
     if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows):
         return DispatchPlan(kind=kind)
     return DispatchPlan(kind=kind, balance="lend", slots=number, loan_rows=near, far_loan_rows=far)
+
+
+def not_lent(dispatch: DispatchPlan, config: Config, rule: str, fix: str) -> DispatchPlan:
+    """The dispatch of experts that cannot be lent.
+
+    Raises:
+        ConfigError: they were to be lent in any case.
+    """
+    if config.dispatch.balance is DispatchBalance.lend:
+        raise ConfigError("dispatch.balance", "lend", rule, f"Use none or auto, or {fix}")
+    return replace(dispatch, balance="none", slots=0, loan_rows=0, far_loan_rows=0)
 
 
 def _slots(slots: int | str, placement: ExpertPlacement) -> int:

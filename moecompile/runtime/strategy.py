@@ -55,6 +55,7 @@ from moecompile.nn import (
     set_random_key,
     update_balance,
 )
+from moecompile.nn.own_router import OwnRouter
 from moecompile.nn.stages import end_stages
 from moecompile.passes.base import run_on_model
 from moecompile.passes.cut import Cut, stage_plan
@@ -699,12 +700,14 @@ def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:
 
 
 def _train_routing(model: nn.Module) -> None:
-    """Puts routers and meters of `model` into training mode before training begins; prints a note if it changes any.
+    """Puts routers, what reads the model's own, and meters of `model` into training mode before training begins; prints
+    a note if it changes any.
 
     `from_pretrained` leaves a model in evaluation mode, and Lightning keeps the mode: counts, the bias rule and
     auxiliary losses would silently be off. Other modules keep their mode, as does a model without trained parameters.
     """
-    in_eval = [module for module in model.modules() if isinstance(module, (Router, LoadMeter)) and not module.training]
+    kinds = (Router, OwnRouter, LoadMeter)
+    in_eval = [module for module in model.modules() if isinstance(module, kinds) and not module.training]
     if not in_eval or not any(parameter.requires_grad for parameter in model.parameters()):
         return
     for module in in_eval:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moecompile.errors import ConfigError, PlanError
-from moecompile.plan import DispatchPlan, FFNSite, LayerPlan, Plan, from_yaml, on_one_process, to_yaml
+from moecompile.plan import DispatchPlan, ExpertsSite, FFNSite, LayerPlan, Plan, from_yaml, on_one_process, to_yaml
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from tests.tiny import config
@@ -59,6 +59,32 @@ def test_auto_lends_where_a_loan_can_pay() -> None:
     far = ("mesh.num_nodes=2", "mesh.ranks_per_node=1", "hardware.inter_node_gb_s=0.01")
     assert dispatch(auto, *far).balance == "none"
     assert dispatch(auto, "mesh.num_nodes=2", "hardware.inter_node_gb_s=0.01").balance == "lend"  # within nodes
+
+
+def test_experts_that_cannot_be_lent_are_not_by_auto() -> None:
+    """Those with adapters, and those of a back end, whose exchanges do not overlap either."""
+    site = ExpertsSite(
+        fqn="mlp.experts", d_model=64, d_ff=128, num_experts=8, top_k=2, activation="SiLU", index=0, swiglu=True
+    )
+    machine = ("mesh.ranks_per_node=2", "hardware.tflops=0.01", "data.seq_len=512", "data.micro_batch_size=1")
+
+    def of(*overrides: str) -> DispatchPlan:
+        facts = ModelFacts(params_total=200_000, num_layers=1, linears={"q": (8, 8)})
+        return build_plan([site], config(*machine, *overrides), facts).layers[0].dispatch
+
+    auto, overlap = ("dispatch.balance=auto", "dispatch.overlap=auto")
+    assert of(auto, overlap).balance == "lend"
+    for other, fix in (
+        ("adapters.kind=lora", "adapters.experts"),
+        ("experts.backend=tests.backends:one", "experts.backend"),
+    ):
+        assert of(auto, other).balance == "none"
+        with pytest.raises(ConfigError, match=rf"^dispatch.balance=lend: .* Use none or auto, or {fix}=null\.$"):
+            of(LEND, other)
+    slow = ("hardware.intra_node_gb_s=0.01", "data.seq_len=65536")
+    assert of(overlap, *slow).overlap == "chunks"
+    assert of(overlap, *slow, "experts.backend=tests.backends:one").overlap == "none"
+    assert of(auto, "adapters.kind=lora", "adapters.experts=null").balance == "lend"
 
 
 def test_slots_of_auto_are_at_most_what_other_ranks_have() -> None:
