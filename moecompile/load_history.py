@@ -55,5 +55,5 @@ class LoadHistory:
     @classmethod
     def read(cls, path: Path) -> LoadHistory:
         """Reads what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return cls(layers=file["layers"].tolist(), steps=file["steps"].tolist(), loads=list(file["load"]))

@@ -205,7 +205,8 @@ def job_command(overrides: Sequence[str], run_dir: Path, task: str, python: str)
 
 
 def _command(python: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
-    flags = [word for word in sys.argv[1:] if "=" not in word and word not in ("-m", "--multirun")]
+    words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+    flags = [word for word in words if word.startswith("-") or "=" not in word]
     kept = _without(overrides, "hydra.run.dir")
     return [python, "-m", "moecompile", *flags, *kept, f"hydra.run.dir={_quoted(run_dir)}"]
 

@@ -73,8 +73,10 @@ __all__ = [
     "gathered_bytes",
     "group_of_members",
     "groups_of",
+    "has_gradient_hook",
     "has_triton",
     "hooks_of",
+    "hooks_of_weights",
     "in_backward",
     "is_fake",
     "keeping",
@@ -788,10 +790,22 @@ def hooks_of(module: nn.Module) -> list[str]:
     hooks = [words for name, words in _HOOK_WORDS.items() if getattr(module, name)]
     if "forward" in vars(module) and not isinstance(module, torch.fx.GraphModule):
         hooks.append("a forward of its own")
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            hooks.append(f"a gradient hook on its {name}")
-    return list(dict.fromkeys(hooks))
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return list(dict.fromkeys([*hooks, *hooks_of_weights(module, own)]))
+
+
+def hooks_of_weights(module: nn.Module, names: Collection[str]) -> list[str]:
+    """Gradient hooks on those of the module's own parameters that have these names, in words."""
+    return [
+        f"a gradient hook on its {name}"
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in names and has_gradient_hook(parameter)
+    ]
+
+
+def has_gradient_hook(parameter: nn.Parameter) -> bool:
+    """Whether something is called with the parameter's gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:

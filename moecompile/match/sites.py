@@ -62,12 +62,14 @@ from moecompile.match.regions import Captured, Region, Site
 from moecompile.nn.existing import correction_bias
 from moecompile.plan import ExpertsSite, FFNSite
 from moecompile.schema import SiteKind
-from moecompile.torch_private import fake_tensors, hooks_of, tree_leaves, tree_map_only
+from moecompile.torch_private import fake_tensors, hooks_of, hooks_of_weights, tree_leaves, tree_map_only
 
 # -- hooks -------------------------------------------------------------------------------------------------------------
 
 
-def lost_hooks(path: str, region: nn.Module, is_lost: Callable[[str], bool]) -> str | None:
+def lost_hooks(
+    path: str, region: nn.Module, is_lost: Callable[[str], bool], weights: Collection[str] = ()
+) -> str | None:
     """A message about the first module below the region that has hooks and would not be called any more.
 
     Hooks on a module that a graph replaces move to the graph; modules around it are not changed. Also
@@ -75,14 +77,16 @@ def lost_hooks(path: str, region: nn.Module, is_lost: Callable[[str], bool]) -> 
 
     Args:
         path: of the region. is_lost: whether a module, by its path below the region, is not called any more.
+        weights: those of the region that are replaced.
     """
     for name, module in region.named_modules(remove_duplicate=False):
-        if name and is_lost(name):
-            for hook in hooks_of(module):
-                full = f"{path}.{name}" if path else name
-                reason = f"{full} has {hook}, which would not run any more: remove it, or put it on a module around"
-                warnings.warn(f"{path or 'the model'} stays as it is: {reason}", stacklevel=2)
-                return reason
+        if name and not is_lost(name):
+            continue
+        for hook in hooks_of(module) if name else hooks_of_weights(region, weights):
+            full = ".".join(filter(None, (path, name))) or "the model"
+            reason = f"{full} has {hook}, which would not run any more: remove it, or put it on a module around"
+            warnings.warn(f"{path or 'the model'} stays as it is: {reason}", stacklevel=2)
+            return reason
     return None
 
 
@@ -282,7 +286,10 @@ def _lost_hooks(path: str, region: nn.Module, match: FFNMatch, ffns: Collection[
     parts = {str(node.target) for node in match.nodes if node.op == "call_module"}
     parts |= {linear.weight.rpartition(".")[0] for linear in (*match.ins, match.down)} | _inlined(ffns)
     parts.discard("")
-    return lost_hooks(path, region, lambda name: any(name == part or name.startswith(f"{part}.") for part in parts))
+    weights = {name for linear in (*match.ins, match.down) for name in (linear.weight, linear.bias) if name}
+    return lost_hooks(
+        path, region, lambda name: any(name == part or name.startswith(f"{part}.") for part in parts), weights
+    )
 
 
 def _traced(

@@ -14,6 +14,7 @@ from moecompile.errors import MoecompileError
 from moecompile.nn.experts import RowExperts
 from moecompile.nn.meter import LoadMeter
 from moecompile.routing import NO_BALANCE, BalanceSpec
+from moecompile.torch_private import own_buffers
 
 CORRECTION_BIAS = "e_score_correction_bias"
 """Name of a router's correction bias in transformers."""
@@ -156,6 +157,17 @@ def own_biases(model: nn.Module) -> list[tuple[ExistingMeter, Tensor]]:
                 raise MoecompileError(f"{experts}: the router's buffer {CORRECTION_BIAS} is gone")
             biases.append((meter, bias))
     return biases
+
+
+def keep_biases_wide(model: nn.Module) -> None:
+    """Makes the correction biases that follow the load fp32, where they are narrower, in place: of a bf16 number above
+    0.5, a step of 0.001 is rounded away.
+    """
+    narrow = {id(bias) for _, bias in own_biases(model) if torch.promote_types(bias.dtype, torch.float32) != bias.dtype}
+    for buffers in map(own_buffers, model.modules()) if narrow else ():
+        buffers.update(
+            {name: each.float() for name, each in buffers.items() if each is not None and id(each) in narrow}
+        )
 
 
 def without_parameters(module: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from moecompile.capture import attributes_of, stand_in
 from moecompile.errors import PassError
 from moecompile.match.experts import ExpertsMatch
 from moecompile.match.regions import Region
+from moecompile.nn.existing import keep_biases_wide
 from moecompile.nn.own_router import watch_routers
 from moecompile.nn.watch import watch_padding
 from moecompile.passes.adapters import AttachAdapters
@@ -86,7 +87,9 @@ def on_every_rank(
 
 @dataclass(frozen=True, kw_only=True)
 class Watch(ModelPass):
-    """Hooks that hand padding masks and token ids to MoE layers, and the logits of the model's own routers over."""
+    """Hooks that hand padding masks and token ids to MoE layers, and the logits of the model's own routers over; biases
+    of these routers that follow the load are kept in fp32.
+    """
 
     name: str = "watch"
 
@@ -94,6 +97,7 @@ class Watch(ModelPass):
         """Changes the model in place."""
         watch_padding(model)
         watch_routers(model)
+        keep_biases_wide(model)
 
 
 @dataclass(frozen=True, kw_only=True)

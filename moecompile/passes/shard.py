@@ -45,6 +45,7 @@ from moecompile.torch_private import (
     FSDPMeshInfo,
     HSDPMeshInfo,
     ShardPlacementResult,
+    has_gradient_hook,
     local_part,
     one_chunk_each,
     one_mesh_each,
@@ -118,7 +119,12 @@ class ShardModel(ModelPass):
         check_read(model, plan)
 
     def run(self, model: nn.Module, plan: Plan) -> None:
-        """Shards the model in place."""
+        """Shards the model in place.
+
+        Raises:
+            PlanError: a weight that shards replace has a gradient hook.
+        """
+        hooked = {name: weight for name, weight in model.named_parameters() if has_gradient_hook(weight)}
         dense_mesh = dense_mesh_of(plan.mesh, self.device_mesh.device_type)
         rows = row_mesh(plan.mesh, self.device_mesh.device_type) if plan.lookups else None
         bind_axes(model, self.device_mesh, plan.mesh.nodes_per_ep_group, dense_mesh, rows)  # Step 1
@@ -129,6 +135,12 @@ class ShardModel(ModelPass):
             AXIS_PASSES[axis](model, plan, dense_mesh[axis])
         if plan.mesh.stage.world_size > 1 or self.param_dtype is not None:
             _wrap(model, plan, self.device_mesh, self.param_dtype, spread)  # Step 3
+        kept = set(model.parameters())
+        for name in (name for name, weight in hooked.items() if weight not in kept):
+            raise PlanError(
+                name, "a weight with a gradient hook", "shards replace the weight, and the hook would not run any more",
+                "Put the hook on a module, or change gradients in on_before_optimizer_step",
+            )  # fmt: skip
 
     def ensures(self, model: nn.Module, plan: Plan) -> None:
         """No exchange is on a logical axis any more; with expert parallelism, every expert weight is sharded; no rank

@@ -65,7 +65,7 @@ from moecompile.planner.existing import (
 from moecompile.planner.lending import not_lent, plan_lending
 from moecompile.planner.lookups import plan_lookups
 from moecompile.planner.memory import buffer_bytes, model_state_bytes
-from moecompile.planner.params import BF16_BYTES, FP32_BYTES, Expected, ModelFacts, RunFacts
+from moecompile.planner.params import BF16_BYTES, Expected, ModelFacts, RunFacts
 from moecompile.planner.pipeline import fullest, plan_pipeline, ranks_of
 from moecompile.planner.placement import placed
 from moecompile.planner.schedule import choose, sharded, ways
@@ -108,22 +108,23 @@ from moecompile.schema import (
 
 def plan_dispatch(
     config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, d_shared: int, routing: RoutingPlan,
-    placement: ExpertPlacement,
+    placement: ExpertPlacement, number_bytes: int,
 ) -> DispatchPlan:  # fmt: skip
     """The dispatch of one layer.
 
     Args:
         site: with the width of a row as d_model.
         d_expert, d_shared: widths of a routed expert, and of the shared experts in the region.
+        number_bytes: of a number of a row, and of a weight in compute.
 
     Raises:
         ConfigError: the kind, the overlap, the number of chunks or lending is not possible here.
     """
-    kind = _dispatch_kind(config, mesh, routing, placement, site)
-    lending = plan_lending(config, mesh, site, d_expert, kind, routing, placement)
+    wire, backend = _wire(config, mesh, site, number_bytes), config.dispatch.backend or ""
+    kind = _dispatch_kind(config, mesh, routing, placement, wire)
+    lending = plan_lending(config, mesh, site, d_expert, kind, routing, placement, number_bytes)
     if kind == "local":
         return lending  # nothing is sent
-    wire, backend = _wire(config, mesh, site), config.dispatch.backend or ""
     if config.dispatch.wire_dtype is WireDtype.fp8_if_faster and not (backend or KINDS[kind].no_narrow):
         wire = _faster(config, mesh, wire, kind, routing, placement)
     check_narrow(kind, wire.wire_dtype, backend)
@@ -153,9 +154,7 @@ def _faster(
     return narrow if after + packing < before else wire
 
 
-def _dispatch_kind(
-    config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, site: PlannedSite
-) -> str:
+def _dispatch_kind(config: Config, mesh: MeshSpec, routing: RoutingPlan, placement: ExpertPlacement, wire: Wire) -> str:
     """For every configured kind: with one EP rank nothing is sent (local), and on one node hierarchical is dedup."""
     kind = config.dispatch.kind
     if kind is DispatchKind.local and mesh.ep > 1:
@@ -168,7 +167,7 @@ def _dispatch_kind(
         return next(name for name, row in KINDS.items() if row.for_backends)
     if kind is not DispatchKind.auto:
         return (mesh.nodes_per_ep_group == 1 and KINDS[kind.value].on_one_node) or str(kind.value)
-    return choose_dispatch(placement, routing, mesh, _wire(config, mesh, site), links_of(config.hardware))
+    return choose_dispatch(placement, routing, mesh, wire, links_of(config.hardware))
 
 
 def _tokens(config: Config, mesh: MeshSpec) -> int:
@@ -176,11 +175,11 @@ def _tokens(config: Config, mesh: MeshSpec) -> int:
     return mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE, Part.TOKENS)
 
 
-def _wire(config: Config, mesh: MeshSpec, site: PlannedSite) -> Wire:
+def _wire(config: Config, mesh: MeshSpec, site: PlannedSite, number_bytes: int) -> Wire:
     return Wire(
         d_model=site.d_model,
         tokens_per_rank=_tokens(config, mesh),
-        element_bytes=BF16_BYTES if config.trainer.precision is Precision.bf16_params else FP32_BYTES,
+        element_bytes=number_bytes,
         wire_dtype=_wire_dtype(config).value,
     )
 
@@ -497,7 +496,7 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         micro_batch_size=data.micro_batch_size,
         precision=f"{trainer.precision.value}{stored}",
         hardware=config.hardware.name,
-        compute_bytes=2 if trainer.precision is Precision.bf16_params else facts.bytes_per_param,
+        compute_bytes=_compute_bytes(config, facts),
         accumulation=-(-data.global_batch_size // (data.micro_batch_size * mesh.num_batches)),
         checkpointing=trainer.checkpointing.value,
         reduce=trainer.reduce.value,
@@ -505,6 +504,11 @@ def run_facts(config: Config, mesh: MeshSpec, facts: ModelFacts) -> RunFacts:
         is_mixed=trainer.precision is Precision.bf16_mixed,
         optimizer=config.optimizer,
     )
+
+
+def _compute_bytes(config: Config, facts: ModelFacts) -> int:
+    """`RunFacts.compute_bytes`."""
+    return BF16_BYTES if config.trainer.precision is Precision.bf16_params else facts.bytes_per_param
 
 
 def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
@@ -535,7 +539,9 @@ def _layer(
 ) -> LayerPlan:  # fmt: skip
     if isinstance(site, ExpertsSite):
         own = own_balance(site, sites, config, facts.own_losses)
-        dispatch = partial(plan_dispatch, config, mesh, site, site.d_ff, 0)
+        dispatch = partial(
+            plan_dispatch, config, mesh, site, site.d_ff, 0, number_bytes=_compute_bytes(config, facts)
+        )  # fmt: skip
         return _by_backend(existing_layer(site, settings, mesh, config, dispatch, own), settings, config)
     return _by_backend(_made_layer(site, settings, config, mesh, facts), settings, config)
 
@@ -561,7 +567,10 @@ def _made_layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: Me
     )
     d_shared = experts.num_shared * d_expert
     row_site, d_shared_rows = _rows(site, settings, d_shared)
-    dispatch = plan_dispatch(config, mesh, row_site, d_expert, d_shared_rows, routing_plan, placement)
+    number_bytes = _compute_bytes(config, facts)
+    dispatch = plan_dispatch(
+        config, mesh, row_site, d_expert, d_shared_rows, routing_plan, placement, number_bytes
+    )  # fmt: skip
     return LayerPlan(
         site=site,
         experts=ExpertsPlan(

@@ -46,9 +46,12 @@ from moecompile.schema import (
     ExpertInit,
     ExpertsConfig,
     LayerSettings,
+    TaskName,
+    is_described,
     is_open,
     layer_settings,
     losses_of,
+    with_workload,
 )
 
 _NOT_READ = {
@@ -165,9 +168,10 @@ def notes(plan: Plan, config: Config, widened: str = "", own_losses: Mapping[str
     """
     sites = [layer.site for layer in plan.layers if isinstance(layer.site, ExpertsSite)]
     if not sites:
-        return list(_unused_notes(plan, config))
+        return [*_unused_notes(plan, config), *_workload_notes(config)]
     return [
         *_unused_notes(plan, config),
+        *_workload_notes(config),
         *([f"widened: {widened}"] if widened else []),
         _read_note(sites, config),
         *_ignored_notes(plan, config),
@@ -198,6 +202,24 @@ def _unused_notes(plan: Plan, config: Config) -> Iterator[str]:
             group, _, name = key.partition(".")
             value = getattr(getattr(config, group), name)
             yield f"ignored: {key}={getattr(value, 'value', value)} ({why})"
+
+
+_PLANNED_STEP = (TaskName.plan, TaskName.rehearse, TaskName.search, TaskName.import_config)  # they read `workload`
+
+
+def _workload_notes(config: Config) -> Iterator[str]:
+    """`ignored: workload.seq_len=4096 (...)`: a described step, where another one is run."""
+    task, workload, (read, _) = config.task.name, config.workload, with_workload(config)
+    is_run = (read.data, read.trainer) == (config.data, config.trainer) and not is_described(workload)
+    if task in _PLANNED_STEP or is_run:
+        return
+    why = f"task={task.value} runs the step of data, trainer and mesh; task=plan, rehearse and search read workload"
+    names = [key.partition(".")[2] for key in config.given if key.startswith("workload.")]
+    for name in names:
+        value = getattr(workload, name)
+        yield f"ignored: workload.{name}={getattr(value, 'value', value)} ({why})"
+    if not names:
+        yield f"ignored: workload={workload.name} ({why})"
 
 
 def _ignored_notes(plan: Plan, config: Config) -> Iterator[str]:

@@ -35,16 +35,19 @@ from moecompile.planner.cost_model.inputs import links_of
 from moecompile.planner.cost_model.seconds import row_seconds
 from moecompile.planner.params import RunFacts, ffn_params
 from moecompile.ranges import Whole
-from moecompile.schema import Config, DispatchBalance, Precision
+from moecompile.schema import Config, DispatchBalance
 
 SLOTS = 2  # of `auto`: with one slot, a rank that borrows the rest of a hot expert cannot take anything else
 
 
 def plan_lending(
     config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, kind: str, routing: RoutingPlan,
-    placement: ExpertPlacement,
+    placement: ExpertPlacement, number_bytes: int,
 ) -> DispatchPlan:  # fmt: skip
     """A dispatch of this kind that lends, or does not.
+
+    Args:
+        number_bytes: of a number of an expert in compute.
 
     Raises:
         ConfigError: the kind of dispatch cannot lend, or the number of slots is not possible.
@@ -64,7 +67,7 @@ def plan_lending(
         raise ConfigError("dispatch.balance", "lend", rule, "Use none")
     number = _slots(slots, placement)
     check_lends(kind, balance.value)
-    near, far = _loan_rows(config, mesh, site, d_expert)
+    near, far = _loan_rows(config, mesh, site, d_expert, number_bytes)
     rows = mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE) * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
     if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows):
@@ -96,9 +99,10 @@ def _slots(slots: int | str, placement: ExpertPlacement) -> int:
     return int(slots)
 
 
-def _loan_rows(config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int) -> tuple[int, int]:
+def _loan_rows(
+    config: Config, mesh: MeshSpec, site: PlannedSite, d_expert: int, number_bytes: int
+) -> tuple[int, int]:  # fmt: skip
     """Price of a loan in rows, within a node and across nodes (steps 1 and 2)."""
-    number_bytes = 2 if config.trainer.precision is Precision.bf16_params else 4
     both_ways = 2 * ffn_params(site, d_expert) * number_bytes
     row, links = PASSES * row_seconds(config.hardware, site, d_expert), links_of(config.hardware)
     near, far = (math.ceil(links.seconds(*sent) / row) for sent in ((both_ways, 0), (0, both_ways)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def read_loads(path: Path, key: str) -> dict[str, _Steps]:
         raise ConfigError(key, path, rule, "Give a run that has trained")
     try:
         by_name = _metrics(history) if history.suffix == ".csv" else _history(history)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:  # a file may be cut off anywhere
         raise ConfigError(key, history, f"cannot be read: {error}", "Give that of a run") from error
     if not by_name:
         raise ConfigError(key, history, "has no loads of experts", "Give a run whose logged steps have them")

@@ -6,8 +6,8 @@
                       w = w - lr decay w - lr g / (sqrt(s) + eps)                      (Duchi et al. 2011)
 
 t counts the steps of the optimizer, not those of a row: a row that was not read for long is corrected as torch's
-SparseAdam does. A row whose gradient is zero everywhere counts as one that was not read. State is in fp32 or wider, cut
-as the table is.
+SparseAdam does. A step without a backward, as one that is skipped, does not count. A row whose gradient is zero
+everywhere counts as one that was not read. State is in fp32 or wider, cut as the table is.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ def step_rows(weight: Tensor, grads: RowGradients | None, state: dict[str, Any],
     """One step of a table.
 
     Args:
-        grads: None, or without a backward: only the state is made and the step counted.
+        grads: None, or without a backward, as in a step that is skipped: only the state is made.
         group: its settings; `kind` is the rule.
     """
     rule = RowRule(group["kind"])
     if not state:
         state[STEP] = torch.zeros((), dtype=torch.float32, device=weight.device)
         state.update({name: _zeros(weight, weight.shape[1] if each else 1) for name, each in ROW_STATE[rule].items()})
+    if grads is None or not grads.exist:
+        return
     state[STEP] += 1
-    if grads is None or not grads.exist or not grads.rows_V.numel():
+    if not grads.rows_V.numel():
         return
     rows, grad_VD = torch.ops.moecompile.rows_to_step(grads.rows_V, grads.summed_VD)
     table = local_part(weight.detach())

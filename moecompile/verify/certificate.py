@@ -329,7 +329,8 @@ class _Held:
     losses: of each micro-batch of step 0. inputs: gradients of its floating-point tensors, by micro-batch of step 0 and
     place. weights: name -> numbers of the entries that the tensor has (ranks), or values (one process); grads: the same
     names, per step, None for a weight without gradient; norms: before clipping, per step, None if torch cannot tell;
-    clips: whether gradients are clipped. buffers, after: buffers and weights after the last step.
+    clips: whether gradients are clipped. buffers, after: buffers and weights after the last step. Of one process only:
+    trained: weights that are not frozen.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -338,6 +339,7 @@ class _Held:
     grads: list[dict[str, Tensor | None]] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
     clips: bool = False
+    trained: set[str] = field(default_factory=set)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     after: dict[str, Tensor] = field(default_factory=dict)
 
@@ -442,6 +444,7 @@ class _Job:
         """One process that runs the micro-batches of all ranks in order."""
         side, held = self.whole(), _Held(clips=clips)
         entries = Entries(side.module)
+        held.trained = {name for name, weight in side.module.named_parameters() if weight.requires_grad}
         held.weights = {name: weight.detach().clone() for name, weight in side.module.named_parameters()}
         per_step = self.num_batches * self.accumulation
         numbers = [range(step * per_step, (step + 1) * per_step) for step in range(self.steps)]
@@ -588,6 +591,9 @@ class _Comparison:
         else:
             self.left_out.append("gradient norm, which torch cannot tell over several meshes: give Parallel.clip")
         checks += self._of_buffers()
+        if idle := self._idle():
+            more = f" and {len(idle) - 4} more" * (len(idle) > 4)
+            self.left_out.append(f"gradients that are zero in every step: {', '.join(idle[:4])}{more}")
         if self.tolerance.weights is None:
             self.left_out.append("updates of weights in float32")
         else:
@@ -639,6 +645,21 @@ class _Comparison:
             self._counted(f"step {step}: gradients on one side only", +missing),
             self._worst(f"step {step}: gradients", differences, self.tolerance.grads),
         ]
+
+    def _idle(self) -> list[str]:
+        """Weights, and experts in stacks of them, that no step of one process gave a gradient, such as experts that no
+        token chose: of them, wrong and right are both zero.
+        """
+        idle = []
+        for name in self.wanted.trained:
+            shape = self.wanted.weights[name].shape
+            grads = [grad for of_step in self.wanted.grads if (grad := of_step.get(name)) is not None]
+            moved = torch.stack(grads).ne(0).any(0) if grads else torch.zeros(shape.numel(), dtype=torch.bool)
+            if not moved.any():
+                idle.append(name)
+            elif len(shape) == 3 and (rows := torch.where(~moved.view(shape).flatten(1).any(1))[0].tolist()):
+                idle.append(f"{name} of {', '.join(map(str, rows))}")
+        return sorted(idle)
 
     def _is_rounding(self, step: int, held_RN: Tensor, weight: str) -> bool:
         """Whether a weight's gradient is only rounding error on both sides: such as the bias of a key."""

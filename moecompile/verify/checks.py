@@ -128,6 +128,10 @@ def compare(got: Trace, wanted: Trace, dtype: torch.dtype, exact: Trace | None =
         where = f"{min(noise)}: zero in exact arithmetic, not compared"
         name = f"{label}: gradients of rounding alone"
         checks.append(Check(name=name, error=len(noise), tolerance=len(noise), passed=True, where=where))
+    if idle := _idle(wanted):
+        where = f"expert {idle[0][1]} of MoE layer {idle[0][0]}: its gradients are zero on both sides, right or wrong"
+        name = f"{label}: experts that no token chose"
+        checks.append(Check(name=name, error=len(idle), tolerance=len(idle), passed=True, where=where))
     if tolerance.weights is not None:
         moved = [{n: w for n, w in side.weights.items() if n not in noise} for side in (got, wanted)]
         error, where = worst(*moved)
@@ -185,6 +189,13 @@ def _rounding(got: Trace, wanted: Trace, dtype: torch.dtype) -> set[str]:
     ]
     bound = ROUNDING[dtype] * max(sizes[1].values(), default=0.0)
     return {name for name in sizes[0].keys() & sizes[1].keys() if all(0 < size[name] <= bound for size in sizes)}
+
+
+def _idle(wanted: Trace) -> list[tuple[int, int]]:
+    """(MoE layer, expert) of each expert without a token in any step."""
+    layers = len(wanted.loads) // len(wanted.losses)
+    sums = [torch.stack(wanted.loads[i::layers]).sum(0) for i in range(layers)]
+    return [(i, expert) for i, load in enumerate(sums) for expert in torch.where(load == 0)[0].tolist()]
 
 
 def _step_checks(got: Trace, wanted: Trace, label: str, tolerance: Tolerance, ignored: Collection[str]) -> list[Check]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moecompile.pipeline import Compilation, compile_with_report
 from tests.existing_models import moe_inputs, moe_model
@@ -106,6 +107,29 @@ def test_the_place_of_a_module_with_a_forward_of_its_own_is_not_taken() -> None:
     assert [layer.site.fqn for layer in compiled.plan.layers] == ["blocks.0.mlp"]
     assert any("a forward of its own" in site.reason for site in compiled.sites)
     assert max_diff(model(ids()), before) < 1e-5
+
+
+class Raw(nn.Module):
+    """Its weights are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(64, 16) * 0.1), nn.Parameter(torch.randn(16, 64) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, self.up)), self.down)
+
+
+def test_gradient_hooks_on_weights_of_the_ffn_itself_are_refused_by_name() -> None:
+    """Hooks of the module go over to its graph, those of its weights would not."""
+    model = TinyGPT(layers=2)
+    for block in model.blocks:
+        block.mlp = Raw()
+    model.blocks[1].mlp.up.register_hook(lambda grad: grad * 0)
+    words = "blocks.1.mlp has a gradient hook on its up, which would not run any more"
+    with pytest.warns(UserWarning, match=f"^blocks.1.mlp stays as it is: {words}"):
+        compiled = compile_with_report(model, config(*COPY4), example=ids())
+    assert [layer.site.fqn for layer in compiled.plan.layers] == ["blocks.0.mlp"]
 
 
 @pytest.mark.parametrize(

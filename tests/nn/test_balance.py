@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+import moecompile
 from moecompile.errors import MoecompileError
 from moecompile.nn import (
     LayerLoad,
@@ -26,8 +27,10 @@ from moecompile.nn import (
     routers_of,
     update_balance,
 )
+from moecompile.nn.existing import own_biases
 from moecompile.routing import BalanceSpec
-from tests.tiny import a_router, one_rank, tokens
+from tests.existing_models import moe_inputs, moe_model
+from tests.tiny import a_router, ids, one_rank, tokens
 
 ALL_LOSSES = {"micro_batch": 0.3, "sequence": 0.2, "global_batch": 0.1, "z": 0.01}
 
@@ -103,6 +106,22 @@ def test_a_router_without_a_rate_keeps_its_bias() -> None:
     loads = update_balance(routers)
     assert [router.correction_bias.tolist() for router in routers] == [[-0.5, 0.5], [0, 0]]
     assert [load.name for load in loads] == ["0", "1"]
+
+
+def test_the_bias_of_a_model_in_bf16_follows_its_load() -> None:
+    """At 1 a number of bf16 has a step of 0.0078, so that 0.001 would be rounded away for ever."""
+    made = moe_model("deepseek_v3", dtype=torch.bfloat16).train()
+    x = moe_inputs("deepseek_v3", ids())
+    moecompile.compile_model(made, ["balance.rule=bias", "balance.rate=0.001"], example=x)
+    for _, bias in own_biases(made):
+        bias.fill_(1.0)
+    made(**x)
+    counted = [meter.load.tolist() for meter, _ in own_biases(made)]
+    update_balance(made)
+    for (_, bias), load in zip(own_biases(made), counted, strict=True):
+        mean = sum(load) / len(load)
+        assert len(set(load)) > 1
+        assert bias.tolist() == pytest.approx([1 + 0.001 * ((n < mean) - (n > mean)) for n in load], abs=1e-6)
 
 
 def test_counters_start_again_and_the_loads_are_returned() -> None:

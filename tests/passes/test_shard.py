@@ -87,6 +87,21 @@ def test_layers_that_are_left_out_by_chance_are_refused_on_several_ranks() -> No
         shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
 
 
+def test_gradient_hooks_of_weights_that_shards_replace_are_refused(tmp_path: Path) -> None:
+    """FSDP2's shards get their gradients without them."""
+    compiled = compile_with_report(TinyGPT(), config(*COPY4), example=ids())
+    compiled.model.get_parameter("embed.weight").register_hook(lambda grad: grad * 0)
+    with one_rank(tmp_path):
+        mesh = device_mesh_of(compiled.plan.mesh, "cpu")
+        shard(compiled.model, compiled.plan, mesh)  # the weight stays as it is
+        message = (
+            "embed.weight=a weight with a gradient hook: shards replace the weight, and the hook would not run any "
+            "more. Put the hook on a module, or change gradients in on_before_optimizer_step."
+        )
+        with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+            shard(compiled.model, compiled.plan, mesh, torch.bfloat16)
+
+
 def test_expert_parameters_are_those_stacked_over_experts(tmp_path: Path) -> None:
     """Of experts that were made and of experts that the model has; routers, norms and shared experts are not."""
     made = compile_with_report(UpDown(), config(*COPY4), example=tokens()).model

@@ -424,6 +424,18 @@ def test_impossible_plans_are_errors(overrides: list[str], message: str) -> None
         plan(*overrides)
 
 
+def test_a_described_step_is_said_to_be_ignored_where_another_one_is_run() -> None:
+    def said(*words: str) -> list[str]:
+        chosen = compose_config([*words])
+        return notes(build_plan([site(0)], chosen, FACTS), chosen)
+
+    why = "task=train runs the step of data, trainer and mesh; task=plan, rehearse and search read workload"
+    given = ["workload.seq_len=4096", "workload.precision=bf16_params", "workload.pp=2"]
+    assert said(*given) == [f"ignored: {word} ({why})" for word in given]
+    assert said("workload=olmoe") == [f"ignored: workload=olmoe ({why})"]
+    assert not said() and not said("workload.seq_len=4096", "task=plan")
+
+
 def test_what_only_another_setting_reads_is_said() -> None:
     given = [
         "balance.rate=0.5", "experts.drop_ratio=0.9", "routing.drop=score", "routing.skew=2", "routing.hot_experts=2"

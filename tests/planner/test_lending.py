@@ -21,14 +21,17 @@ EXPERT_BYTES, ROW_OPERATIONS = 98_304, 147_456
 LEND = "dispatch.balance=lend"
 
 
-def plan(*overrides: str, sites: int = 1) -> Plan:
+FACTS = ModelFacts(params_total=200_000)
+
+
+def plan(*overrides: str, sites: int = 1, facts: ModelFacts = FACTS) -> Plan:
     """Two ranks with four experts each; a link of 1 GB/s, a processor of 1e10 operations/s."""
     given = (
         "experts.num_routed=8", "mesh.ranks_per_node=2", "hardware.intra_node_gb_s=1", "hardware.inter_node_gb_s=0.5",
         "hardware.tflops=0.01", "data.seq_len=512", "data.micro_batch_size=1", *overrides,
     )  # fmt: skip
     layers = [dataclasses.replace(SITE, fqn=f"{i}.mlp", index=i) for i in range(sites)]
-    return build_plan(layers, config(*given), ModelFacts(params_total=200_000))
+    return build_plan(layers, config(*given), facts)
 
 
 def dispatch(*overrides: str) -> DispatchPlan:
@@ -46,6 +49,8 @@ def test_a_loan_costs_as_many_rows_as_are_computed_meanwhile() -> None:
     assert two_nodes.far_loan_rows == 27
     narrow = dispatch(LEND, "trainer.precision=bf16_params")
     assert narrow.loan_rows == 7
+    stored = plan(LEND, facts=dataclasses.replace(FACTS, bytes_per_param=2)).layers[0].dispatch
+    assert stored.loan_rows == 7
 
 
 def test_auto_lends_where_a_loan_can_pay() -> None:

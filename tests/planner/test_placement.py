@@ -171,9 +171,14 @@ def test_loads_of_another_model_are_refused(run: Path, tmp_path: Path) -> None:
         loads_of(run, planned("experts.num_routed=4"))
     with pytest.raises(ConfigError, match=r"has loads of 2 MoE layers, the plan has 1"):
         loads_of(run, planned("experts.layers=1:"))
-    (run / "load.npz").write_bytes(b"no")
-    with pytest.raises(ConfigError, match=r"place.run=.*load.npz: cannot be read"):
-        loads_of(run, planned())
+    whole = (run / "load.npz").read_bytes()
+    for cut in (b"no", b"", whole[: len(whole) // 2]):
+        (run / "load.npz").write_bytes(cut)
+        with pytest.raises(ConfigError, match=r"place.run=.*load.npz: cannot be read"):
+            loads_of(run, planned())
+    (run / "cut.csv").write_text("step,load/a/0,load/a/1\n1,3,5\n2,4")  # as the run was killed
+    with pytest.raises(ConfigError, match=r"place.run=.*cut.csv: cannot be read"):
+        loads_of(run / "cut.csv", planned())
     with pytest.raises(ConfigError, match=r"is neither a run directory with load.npz or metrics.csv"):
         loads_of(tmp_path / "nowhere", planned())
     with pytest.raises(ConfigError, match=r"place.run=null: names no run"):

@@ -68,6 +68,8 @@ def test_the_command_goes_on_in_its_directory(monkeypatch: pytest.MonkeyPatch) -
         "trainer.resume=/old", "hydra.run.dir=/b"
     ]  # fmt: skip
     assert job_command(overrides, Path("/b"), "bench", "python3")[-1] == "hydra.run.dir=/b"
+    monkeypatch.setattr(sys, "argv", ["moecompile", "--config-dir=mine", *SUBMIT])
+    assert job_command(SUBMIT, Path("/b"), "bench", "python3")[3:5] == ["--config-dir=mine", "task=bench"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from moecompile.errors import ConfigError
 from moecompile.nn import Experts
 from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.lookups import tables_of
+from moecompile.runtime.gradients import forget
 from moecompile.runtime.muon import Muon
 from moecompile.runtime.weight_groups import check_rows_are_stepped, make_optimizer, step_meshes_apart, weight_groups
 from moecompile.schema import OptimizerConfig, OptimizerKind, WeightGroupConfig
@@ -203,3 +204,23 @@ def test_an_optimizer_that_would_not_step_tables_by_rows_is_refused() -> None:
     check_rows_are_stepped(model, [torch.optim.AdamW(model.parameters())])
     same = moecompile.compile_model(build(), settings, example=ids)
     check_rows_are_stepped(same, [torch.optim.AdamW(same.parameters())])
+
+
+def test_a_skipped_step_does_not_count_for_tables_by_rows() -> None:
+    """As for other weights: what Adam's moments are corrected by is the number of steps that had a gradient."""
+    settings = ["experts.num_routed=4", "embeddings.shard=ep", "embeddings.min_numbers=300"]
+    ids, after = torch.arange(8).unsqueeze(0), []
+    for skips in (False, True):
+        torch.manual_seed(0)
+        model = moecompile.compile_model(build(), [*settings, "embeddings.optimizer=lazy_adamw"], example=ids)
+        optimizer = make_optimizer(model)
+        for is_skipped in (True, False) if skips else (False,):
+            model(ids).logits.square().sum().backward()
+            if is_skipped:
+                forget(model.parameters())  # as the strategy does with trainer.on_nan=skip
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    assert tables_of(model)
+    for name, weight in after[0].items():
+        assert torch.equal(after[1][name], weight), name

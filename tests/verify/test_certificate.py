@@ -19,6 +19,7 @@ from moecompile.verify import Certificate, Check, Finding, certify
 from moecompile.verify.diagnosis import Difference
 from tests import forked
 from tests.distributed.harness import run_distributed_test
+from tests.tiny import one_rank
 from tests.verify.by_hand import ExpertParallel, Model, tokens
 
 MESH = {"dp": 2, "ep": 2}
@@ -170,6 +171,24 @@ def test_buffers_that_are_not_summed_are_told(found: dict[str, Certificate]) -> 
     """DDP gives every rank the buffers of rank 0 before each forward, so what other ranks counted is lost."""
     (failed,) = [check for check in found["loads under DDP"].checks if not check.passed]
     assert failed.name == "buffers and counts"
+
+
+class Idle(Model):
+    """No token chooses expert 3 of the second layer, and its last layer is not called."""
+
+    def __init__(self) -> None:
+        super().__init__(counts=False)
+        self.layers[1].router.register_forward_hook(lambda _, __, out: out.index_fill(1, torch.tensor(3), -1e9))
+        self.unused, self.frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+
+
+def test_gradients_that_were_never_anything_but_zero_are_said(tmp_path: Path) -> None:
+    """Of an expert that no token chose, a wrong gradient is as zero as a right one."""
+    with one_rank(tmp_path):
+        certificate = certify(Idle, lambda model, mesh: model, tokens, {"ep": 1}, recompute=False)
+    assert certificate.passed
+    idle = "layers.1.down of 3, layers.1.up of 3, unused.bias, unused.weight"
+    assert certificate.not_tried[-1] == f"gradients that are zero in every step: {idle}"
 
 
 # -- the examples ------------------------------------------------------------------------------------------------------

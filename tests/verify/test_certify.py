@@ -390,6 +390,14 @@ def one_step(error: float) -> Trace:
     )  # fmt: skip
 
 
+def test_experts_without_a_token_are_said() -> None:
+    """Expert 2 of the second layer has none in any of two steps."""
+    side = replace(one_step(0.0), losses=[2.0, 2.0], norms=[3.0, 3.0])
+    side.loads = [torch.tensor(load) for load in ([0, 5, 1], [3, 3, 0], [2, 4, 0], [6, 0, 0])]
+    (said,) = [check for check in compare(side, side, torch.float64) if "no token chose" in check.name]
+    assert said.passed and said.error == 1 and said.where.startswith("expert 2 of MoE layer 1: its gradients are zero")
+
+
 @pytest.mark.parametrize(
     ("rounding", "error", "passes"), [(0.0, 1e-4, False), (3e-5, 1e-4, True), (3e-5, 3e-4, False), (0.5, 2e-3, False)]
 )

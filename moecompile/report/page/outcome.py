@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -285,7 +286,7 @@ def _memory_bars(run: Run) -> list[str | Chart]:
 def _command(run: Run) -> str:
     path = run.folder / OVERRIDES
     words = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return " ".join(["python -m moecompile", *(word for word in words if word)])
+    return shlex.join(["python", "-m", "moecompile", *(word for word in words if word)])
 
 
 def _difference(run: Run) -> Iterator[str]:

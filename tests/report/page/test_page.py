@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,21 @@ def test_the_verdict_has_the_warnings(tmp_path: Path) -> None:
     assert "MaxVio 0.500 of at most 7.500" in text
     section = load_section(read_run(tmp_path, "train"))
     assert section is not None and any("minus 1; at most 7.50" in str(part) for part in section.parts)
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    words = [
+        "data.path=/my data/a.txt",
+        "optimizer.betas=[0.9, 0.95]",
+        "model.config={hidden_size: 64}",
+        "name='it is'",
+    ]
+    (tmp_path / "overrides.txt").write_text("\n".join(words))
+    (command,) = re.findall(
+        r"<h3>Command</h3>.*?<pre>(.*?)</pre>", write_report(tmp_path, "train").read_text(), re.DOTALL
+    )
+    assert shlex.split(html.unescape(command)) == ["python", "-m", "moecompile", *words]
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
