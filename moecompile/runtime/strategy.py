@@ -293,7 +293,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
-            PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
+            PlanError: entries are missing or have other shapes, a parameter group has weights with several settings, or
+                something beside tensors has a class of its own.
         """
         assert self.model is not None
         path = Path(self.broadcast(whole(Path(checkpoint_path))))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import lightning
@@ -23,7 +23,7 @@ import moecompile
 from moecompile.errors import ConfigError, PlanError, UserError
 from moecompile.mesh import MeshSpec
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.trainer_checkpoint import _set_by_weights
+from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -469,6 +469,19 @@ def test_groups_of_weights_that_had_several_settings_are_told(tmp_path: Path) ->
         f"ckpt_path={tmp_path}: weights of one parameter group of the optimizer had lr 0.5 and 0.25. "
         "Make groups of weights that had the same settings."
     )
+
+
+def test_classes_beside_tensors_are_named_and_can_be_allowed(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "hyper_parameters": {"root": PurePosixPath("/a")}}, tmp_path / LIGHTNING)
+    with pytest.raises(PlanError) as caught:
+        _beside_tensors(tmp_path)
+    assert str(caught.value) == (
+        f"ckpt_path={tmp_path}: lightning.pt needs pathlib.PurePosixPath (of save_hyperparameters, a callback or a "
+        "scheduler), and a file cannot choose code. Allow it by torch.serialization.add_safe_globals([...]) before; or "
+        "save numbers, texts, lists and dicts."
+    )
+    with torch.serialization.safe_globals([PurePosixPath]):
+        assert _beside_tensors(tmp_path)["epoch"] == 3
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
