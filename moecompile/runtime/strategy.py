@@ -38,6 +38,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
@@ -234,6 +235,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self.model_to_device()  # also restores shards that an earlier validation left unsharded
         self.model = self.precision_plugin.convert_module(self.model)
         if self._device_mesh is None:
+            _check_not_split(compiled, type(self.model).__name__)
             check_same_weights(self.model)
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             self._groups = Groups.of(plan.mesh, self.root_device.type)
@@ -682,6 +684,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._window.num_micro_batches += begins
         drawing = modules or [self.model]
         return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
+
+
+def _check_not_split(compiled: nn.Module, name: str) -> None:
+    """Refuses a model that is on the ranks already: of another Trainer, or of `until="shard"`."""
+    if any(isinstance(parameter, DTensor) for parameter in compiled.parameters()):
+        raise PlanError(
+            "model", name, "is split over ranks already, by another Trainer or by until='shard'",
+            "Use one Trainer for a module, also to validate, test and predict; or build the module again, and give "
+            "what was saved as ckpt_path",
+        )  # fmt: skip
 
 
 def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:

@@ -258,7 +258,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
     mistakes = {
         "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
-        "average": _averaged, "scaler": _scaled, "nan": _not_finite,
+        "average": _averaged, "scaler": _scaled, "nan": _not_finite, "second": _second_trainer,
     }  # fmt: skip
     for name, call in mistakes.items():
         try:
@@ -348,6 +348,12 @@ def _table_by_rows(folder: str) -> None:
 def _averaged(folder: str) -> None:
     average = StochasticWeightAveraging(swa_lrs=0.01)
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[average], **CPU).fit(Mean())
+
+
+def _second_trainer(folder: str) -> None:
+    module = Predicts()
+    for _ in range(2):
+        Trainer(strategy="expert_parallel", devices=WORLD, **CPU).predict(module, DataLoader(dataset(), BATCH))
 
 
 def _scaled(folder: str) -> None:
@@ -497,6 +503,10 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
     )
     assert results[0]["average"].startswith("callbacks=StochasticWeightAveraging: averages a copy of the whole weights")
+    assert results[1]["second"] == (
+        "model=Predicts: is split over ranks already, by another Trainer or by until='shard'. Use one Trainer for a "
+        "module, also to validate, test and predict; or build the module again, and give what was saved as ckpt_path."
+    )
     assert results[0]["nan"].startswith("the loss or a gradient of step 1 is not finite. It began in ")
     assert results[1]["scaler"].startswith("precision=16-mixed: lets each rank decide by itself whether a step is")
 
