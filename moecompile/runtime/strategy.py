@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -342,6 +342,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                     "callbacks", type(callback).__name__,
                     "averages a copy of the whole weights, and a rank has shards, or stages, of them",
                     "Leave it out, or average the weights of a rank in a callback of your own",
+                )  # fmt: skip
+            if isinstance(callback, BaseFinetuning):
+                raise ConfigError(
+                    "callbacks", type(callback).__name__,
+                    "compares the values of weights when it unfreezes some, and a rank has shards of them",
+                    "Leave it out; set requires_grad where it does, and give the optimizer all weights at once",
                 )  # fmt: skip
 
     # -- from training_step to the optimizer step ------------------------------------------------------------

@@ -13,7 +13,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -258,7 +258,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
     mistakes = {
         "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
-        "average": _averaged, "scaler": _scaled, "nan": _not_finite, "second": _second_trainer,
+        "average": _averaged, "scaler": _scaled, "nan": _not_finite, "second": _second_trainer, "unfreeze": _unfreezes,
     }  # fmt: skip
     for name, call in mistakes.items():
         try:
@@ -275,6 +275,14 @@ class Predicts(Mean):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.model(batch[0])
+
+
+class HasBackbone(Mean):
+    """With what `BackboneFinetuning` freezes."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
 
 
 def _predicted() -> list[Tensor]:
@@ -348,6 +356,11 @@ def _table_by_rows(folder: str) -> None:
 def _averaged(folder: str) -> None:
     average = StochasticWeightAveraging(swa_lrs=0.01)
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[average], **CPU).fit(Mean())
+
+
+def _unfreezes(folder: str) -> None:
+    callback = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[callback], **CPU).fit(HasBackbone())
 
 
 def _second_trainer(folder: str) -> None:
@@ -503,6 +516,7 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
     )
     assert results[0]["average"].startswith("callbacks=StochasticWeightAveraging: averages a copy of the whole weights")
+    assert results[0]["unfreeze"].startswith("callbacks=BackboneFinetuning: compares the values of weights when it")
     assert results[1]["second"] == (
         "model=Predicts: is split over ranks already, by another Trainer or by until='shard'. Use one Trainer for a "
         "module, also to validate, test and predict; or build the module again, and give what was saved as ckpt_path."
