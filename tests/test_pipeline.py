@@ -233,6 +233,13 @@ def test_a_plan_for_another_model_is_refused(other: Callable[[], nn.Module], mes
 # -- make_plan and plan_of -------------------------------------------------------------------------------------------
 
 
+def test_a_wrapper_that_answers_for_what_it_holds_is_not_a_second_compiled_model() -> None:
+    module = nn.Module()
+    model = moecompile.compile_model(nn.Sequential(UpDown(8, 16)), COPY4, example=torch.zeros(1, 8))
+    module.model = torch.compile(model, backend="eager")  # its __getattr__ asks the model
+    assert moecompile.plan_of(module) == moecompile.plan_of(model)
+
+
 def test_make_plan_changes_nothing() -> None:
     model = tiny_llama()
     model.model.layers[0].eval()

@@ -180,7 +180,8 @@ def compiled_module(model: nn.Module) -> nn.Module:
         PlanError: there is none, or more than one.
     """
     check_model(model)
-    compiled = [module for module in model.modules() if isinstance(getattr(module, _PLAN, None), Plan)]
+    # Its own attribute: wrappers (of torch.compile, of PEFT) answer with those of what they hold.
+    compiled = [module for module in model.modules() if isinstance(vars(module).get(_PLAN), Plan)]
     if len(compiled) != 1:
         raise PlanError(
             "model", type(model).__name__, f"holds {len(compiled)} compiled models, one is needed",

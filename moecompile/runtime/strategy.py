@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -38,6 +38,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
@@ -235,6 +236,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self.model_to_device()  # also restores shards that an earlier validation left unsharded
         self.model = self.precision_plugin.convert_module(self.model)
         if self._device_mesh is None:
+            _check_not_split(compiled, type(self.model).__name__)
             check_same_weights(self.model)
             self._device_mesh = device_mesh_of(plan.mesh, self.root_device.type)
             self._groups = Groups.of(plan.mesh, self.root_device.type)
@@ -294,7 +296,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
-            PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
+            PlanError: entries are missing or have other shapes, a parameter group has weights with several settings, or
+                something beside tensors has a class of its own.
         """
         assert self.model is not None
         path = Path(self.broadcast(whole(Path(checkpoint_path))))
@@ -340,6 +343,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                     "callbacks", type(callback).__name__,
                     "averages a copy of the whole weights, and a rank has shards, or stages, of them",
                     "Leave it out, or average the weights of a rank in a callback of your own",
+                )  # fmt: skip
+            if isinstance(callback, BaseFinetuning):
+                raise ConfigError(
+                    "callbacks", type(callback).__name__,
+                    "compares the values of weights when it unfreezes some, and a rank has shards of them",
+                    "Leave it out; set requires_grad where it does, and give the optimizer all weights at once",
                 )  # fmt: skip
 
     # -- from training_step to the optimizer step ------------------------------------------------------------
@@ -682,6 +691,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._window.num_micro_batches += begins
         drawing = modules or [self.model]
         return keyed_random_numbers(drawing, self.seed, trainer.global_step, number, self.root_device)
+
+
+def _check_not_split(compiled: nn.Module, name: str) -> None:
+    """Refuses a model that is on the ranks already: of another Trainer, or of `until="shard"`."""
+    if any(isinstance(parameter, DTensor) for parameter in compiled.parameters()):
+        raise PlanError(
+            "model", name, "is split over ranks already, by another Trainer or by until='shard'",
+            "Use one Trainer for a module, also to validate, test and predict; or build the module again, and give "
+            "what was saved as ckpt_path",
+        )  # fmt: skip
 
 
 def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:

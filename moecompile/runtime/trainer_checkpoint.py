@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from moecompile import plan as plans
 from moecompile.checkpoint.folders import PLAN, check, whole_folder
@@ -65,10 +67,11 @@ def load(
         to be fitted (`fit_scheduler`).
 
     Raises:
-        PlanError: entries are missing or have other shapes, or a parameter group has weights with several settings.
+        PlanError: entries are missing or have other shapes, a parameter group has weights with several settings, or
+            something beside tensors has a class of its own.
     """
     check(path, [LIGHTNING, PLAN], key="ckpt_path")
-    rest: dict[str, Any] = torch.load(path / LIGHTNING, map_location="cpu", weights_only=True)
+    rest = _beside_tensors(path)
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
     entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}
@@ -91,6 +94,19 @@ def load(
     mine = [[_weights(group, names) for group in optimizer.param_groups] for optimizer in optimizers]
     are_same = weights == [mine] if weights is not None else [*map(len, groups)] == [*map(len, mine)]
     return rest, are_same and stages is None
+
+
+def _beside_tensors(path: Path) -> dict[str, Any]:
+    try:
+        rest: dict[str, Any] = torch.load(path / LIGHTNING, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        names = ", ".join(sorted(set(get_unsafe_globals_in_checkpoint(path / LIGHTNING)))) or "an unknown class"
+        raise PlanError(
+            "ckpt_path", path, f"{LIGHTNING} needs {names} (of save_hyperparameters, a callback or a scheduler), and a "
+            "file cannot choose code",
+            "Allow it by torch.serialization.add_safe_globals([...]) before; or save numbers, texts, lists and dicts",
+        ) from error  # fmt: skip
+    return rest
 
 
 def fit_scheduler(scheduler: Any, state: dict[str, Any]) -> None:

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ import moecompile
 from moecompile.errors import ConfigError, PlanError, UserError
 from moecompile.mesh import MeshSpec
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.trainer_checkpoint import _set_by_weights
+from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -258,7 +258,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     out["saves"], out["meshes"] = with_saves(Path(folder)), on_meshes(Path(folder, "meshes"))
     mistakes = {
         "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
-        "average": _averaged, "scaler": _scaled, "nan": _not_finite,
+        "average": _averaged, "scaler": _scaled, "nan": _not_finite, "second": _second_trainer, "unfreeze": _unfreezes,
     }  # fmt: skip
     for name, call in mistakes.items():
         try:
@@ -275,6 +275,14 @@ class Predicts(Mean):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.model(batch[0])
+
+
+class HasBackbone(Mean):
+    """With what `BackboneFinetuning` freezes."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
 
 
 def _predicted() -> list[Tensor]:
@@ -348,6 +356,17 @@ def _table_by_rows(folder: str) -> None:
 def _averaged(folder: str) -> None:
     average = StochasticWeightAveraging(swa_lrs=0.01)
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[average], **CPU).fit(Mean())
+
+
+def _unfreezes(folder: str) -> None:
+    callback = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, callbacks=[callback], **CPU).fit(HasBackbone())
+
+
+def _second_trainer(folder: str) -> None:
+    module = Predicts()
+    for _ in range(2):
+        Trainer(strategy="expert_parallel", devices=WORLD, **CPU).predict(module, DataLoader(dataset(), BATCH))
 
 
 def _scaled(folder: str) -> None:
@@ -471,6 +490,19 @@ def test_groups_of_weights_that_had_several_settings_are_told(tmp_path: Path) ->
     )
 
 
+def test_classes_beside_tensors_are_named_and_can_be_allowed(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "hyper_parameters": {"root": PurePosixPath("/a")}}, tmp_path / LIGHTNING)
+    with pytest.raises(PlanError) as caught:
+        _beside_tensors(tmp_path)
+    assert str(caught.value) == (
+        f"ckpt_path={tmp_path}: lightning.pt needs pathlib.PurePosixPath (of save_hyperparameters, a callback or a "
+        "scheduler), and a file cannot choose code. Allow it by torch.serialization.add_safe_globals([...]) before; or "
+        "save numbers, texts, lists and dicts."
+    )
+    with torch.serialization.safe_globals([PurePosixPath]):
+        assert _beside_tensors(tmp_path)["epoch"] == 3
+
+
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
     assert results[0]["count"] == (
         "loss=sum: training_step must return {'loss': sum over tokens, 'num_tokens': their number}. "
@@ -484,6 +516,11 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
         "embeddings.optimizer=lazy_adamw: 0.weight is stepped by rows, which SGD would not"
     )
     assert results[0]["average"].startswith("callbacks=StochasticWeightAveraging: averages a copy of the whole weights")
+    assert results[0]["unfreeze"].startswith("callbacks=BackboneFinetuning: compares the values of weights when it")
+    assert results[1]["second"] == (
+        "model=Predicts: is split over ranks already, by another Trainer or by until='shard'. Use one Trainer for a "
+        "module, also to validate, test and predict; or build the module again, and give what was saved as ckpt_path."
+    )
     assert results[0]["nan"].startswith("the loss or a gradient of step 1 is not finite. It began in ")
     assert results[1]["scaler"].startswith("precision=16-mixed: lets each rank decide by itself whether a step is")
 
