@@ -21,7 +21,6 @@ import yaml
 
 from forecast.families import shape_of
 from moecompile.compose import compose_config
-from moecompile.planner.cost_model.constants import PRIORS
 from moecompile.planner.cost_model.counts import Counts, count
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software, machine_of
 from moecompile.planner.cost_model.seconds import step_seconds
@@ -176,8 +175,3 @@ def _make(
         bits=bits, dispatcher=dispatcher, overlap=overlap, graph=tuple(graph), fused=fused, recompute=recompute,
         wire_share=ALLTOALL_SHARE if dispatcher == "alltoall" else 1.0,
     )  # fmt: skip
-
-
-def priors() -> dict[str, float]:
-    """The constants before any fit."""
-    return dict(PRIORS)
