@@ -454,7 +454,7 @@ class StepProfile(Callback):
         """Those of rank 0, with their logical axes, for every region with one planned layer."""
         found = []
         for layer in self.plan.layers:
-            path = next((path for path in times if path.endswith(layer.site.fqn) and layer.site.fqn), None)
+            path = next((path for path in times if f".{path}".endswith(f".{layer.site.fqn}") and layer.site.fqn), None)
             steps = layer.scheduled_steps
             if path is not None and [op for op, _ in steps] == [row["op"] for row in times[path].exchanges]:
                 rows = zip(times[path].exchanges, steps, strict=True)
