@@ -145,7 +145,7 @@ def count_sent_bytes(group: dist.ProcessGroup, sent: list[int]) -> None:
         group: the group that the back end was called with.
         sent: bytes to each of its ranks.
     """
-    traffic.add(group.group_name, group, sent)
+    traffic.add(group, sent)
 
 
 def check_dispatch_backend(name: str, overlap: str) -> None:

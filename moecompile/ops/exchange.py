@@ -164,7 +164,7 @@ def reduce_scatter(rows: Tensor, axis: str) -> Tensor:
     received = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if rows.numel():
         landed(dist.all_to_all_single(received, rows.contiguous(), group=group, async_op=is_shared()))
-    _count_blocks(axis, group, rows.numel() * rows.element_size() // group.size())
+    _count_blocks(group, rows.numel() * rows.element_size() // group.size())
     blocks = received.view(group.size(), rows.shape[0] // group.size(), rows.shape[1])
     return blocks.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
@@ -238,7 +238,7 @@ def _exchange_counts(counts: Tensor, axis: str) -> Tensor:
     sent_rn = counts.reshape(group.size(), -1)
     recv_rn = torch.empty_like(sent_rn)
     dist.all_to_all_single(recv_rn, sent_rn, group=group)
-    _count_blocks(axis, group, sent_rn.shape[1] * sent_rn.element_size())
+    _count_blocks(group, sent_rn.shape[1] * sent_rn.element_size())
     return recv_rn
 
 
@@ -248,15 +248,15 @@ def gather_blocks(block: Tensor, axis: str, *, hands_over: bool = True) -> Tenso
     if block.numel():  # all ranks agree on this, because blocks have equal sizes
         work = all_gather_single(out, block.contiguous(), group, async_op=hands_over and is_shared())
         landed(work, hands_over=hands_over)
-    _count_blocks(axis, group, block.numel() * block.element_size())
+    _count_blocks(group, block.numel() * block.element_size())
     return out
 
 
-def _count_blocks(axis: str, group: dist.ProcessGroup, block_bytes: int) -> None:
+def _count_blocks(group: dist.ProcessGroup, block_bytes: int) -> None:
     """Counts one block sent to every rank. A ring sends as many bytes to the next rank, over the same class of link if
     the axis is on one node or has one rank per node.
     """
-    traffic.add(axis, group, [block_bytes] * group.size())
+    traffic.add(group, [block_bytes] * group.size())
 
 
 def splits(table_2rn: Tensor, column: int, reverse: bool) -> tuple[list[int], list[int]]:
@@ -276,7 +276,7 @@ def exchange_rows(
     sent, async_op = rows.contiguous(), hands_over and is_shared()
     work = dist.all_to_all_single(out, sent, output_splits, input_splits, group=group, async_op=async_op)
     landed(work, hands_over=hands_over)
-    count_sent(axis, group, rows, input_splits, counter)
+    count_sent(group, rows, input_splits, counter)
     return out
 
 
@@ -286,11 +286,11 @@ def packed(rows: Tensor, narrow: str) -> Tensor:
 
 
 def count_sent(
-    axis: str, group: dist.ProcessGroup, rows: Tensor, input_splits: list[int], counter: TrafficCounter = traffic
+    group: dist.ProcessGroup, rows: Tensor, input_splits: list[int], counter: TrafficCounter = traffic
 ) -> None:
     """Counts the bytes of `rows`, of which `input_splits[i]` go to rank i of the group."""
     row_bytes = rows.element_size() * rows[:1].numel() if rows.shape[0] else 0
-    counter.add(axis, group, [count * row_bytes for count in input_splits])
+    counter.add(group, [count * row_bytes for count in input_splits])
 
 
 def unpack(columns: Tensor, dtype: torch.dtype) -> Tensor:

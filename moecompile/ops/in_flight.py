@@ -197,7 +197,7 @@ def _launch(ticket: int, rows: Tensor, sent: list[int], received: list[int], axi
     out = rows.new_empty(sum(received), *rows.shape[1:])
     work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
     _in_flight[ticket] = (out, rows, work)
-    count_sent(axis, group, rows, sent)
+    count_sent(group, rows, sent)
 
 
 def _land(ticket: int, *, hands_over: bool = True) -> Tensor:

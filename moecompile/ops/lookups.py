@@ -78,7 +78,7 @@ def send_ids(unique_U: Tensor, num_rows: int, axis: str) -> tuple[Tensor, Tensor
     counts_r = torch.diff(torch.cat((first, ends, first + unique_U.numel())))
     asked_r = torch.empty_like(counts_r)
     dist.all_to_all_single(asked_r, counts_r, group=group)
-    lookup_traffic.add(axis, group, [counts_r.element_size()] * ranks)
+    lookup_traffic.add(group, [counts_r.element_size()] * ranks)
     table_2r1 = start_read(torch.stack((counts_r, asked_r)).unsqueeze(2))
     local_U = (unique_U - unique_U.div(each, rounding_mode="floor") * each).to(_index_dtype(each))
     gives, gets = splits(table_2r1, 0, reverse=False)

@@ -33,7 +33,7 @@ def exchange_dims(x: Tensor, split: int, join: int, axis: str) -> Tensor:
     parts = torch.stack(x.chunk(group.size(), split))
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
-    context_traffic.add(axis, group, [parts.element_size() * parts[0].numel()] * group.size())
+    context_traffic.add(group, [parts.element_size() * parts[0].numel()] * group.size())
     return torch.cat(received.unbind(), join)
 
 

@@ -12,15 +12,12 @@ class TrafficCounter:
 
     def __init__(self) -> None:
         self._bytes_by_rank: dict[int, int] = {}
-        self._ranks_by_axis: dict[str, list[int]] = {}
 
-    def add(self, axis: str, group: dist.ProcessGroup, bytes_by_peer: list[int]) -> None:
+    def add(self, group: dist.ProcessGroup, bytes_by_peer: list[int]) -> None:
         """Adds the bytes sent to each peer of `group`, in group order."""
         if in_backward():
             return
-        if axis not in self._ranks_by_axis:
-            self._ranks_by_axis[axis] = dist.get_process_group_ranks(group)
-        for rank, sent in zip(self._ranks_by_axis[axis], bytes_by_peer, strict=True):
+        for rank, sent in zip(dist.get_process_group_ranks(group), bytes_by_peer, strict=True):
             self._bytes_by_rank[rank] = self._bytes_by_rank.get(rank, 0) + sent
 
     def so_far(self) -> dict[int, int]:

@@ -15,7 +15,7 @@ All gradient reductions are plain sums (docs/understand/gradients.md).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from math import prod
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moecompile import kept_groups
 from moecompile.arguments import check_model, check_plan
 from moecompile.capture import layers_of
-from moecompile.errors import PassError, PlanError
+from moecompile.errors import MoecompileError, PassError, PlanError
 from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.nn import Experts, routers_of
 from moecompile.nn.placement import keep_order, rows_of
@@ -248,6 +248,8 @@ def _wrap(
         is_stack, ranks = kind == EXPERTS, infos[kind].shard_mesh_size
         return ShardPlacementResult(Shard(cut_dim(local_part(parameter).shape, ranks) if is_stack else 0), infos[kind])
 
+    kind = type(model).__name__  # FSDP makes another
+    plain = {name for name, p in model.named_parameters() if not isinstance(p, DTensor) and p not in replicated}
     wide = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()), torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wide)
     wrap = partial(
@@ -259,6 +261,30 @@ def _wrap(
         assert isinstance(layer, FSDPModule)
         see_attributes(layer)
         sum_gradients(layer)
+    _refuse_alone(model, kind, plain)
+
+
+class _NotAlone:
+    """The hook before a forward of what is not in a layer: its weights are gathered by a call of the whole model."""
+
+    def __init__(self, model: str, path: str, weight: str) -> None:
+        self.model, self.path, self.weight = model, path, weight
+
+    def __call__(self, module: nn.Module, _: object) -> None:
+        if isinstance(getattr(module, self.weight), DTensor):
+            raise MoecompileError(
+                f"{self.path}: called by itself, but its weights are in shards, which a call of {self.model} gathers "
+                "for its own time. Call that, and take what you need from its output (output_hidden_states) or a hook"
+            )
+
+
+def _refuse_alone(model: nn.Module, kind: str, names: Collection[str]) -> None:
+    """Gives each owner of these weights outside of all layers the hook; torch's error would be of DTensors."""
+    in_layers = {module for layer in layers_of(model) for module in layer.modules()}
+    for path, module in model.named_modules():
+        held = [name for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}" in names]
+        if held and module is not model and module not in in_layers:
+            module.register_forward_pre_hook(_NotAlone(kind, path, held[0]))
 
 
 def _mesh_infos(mesh: MeshSpec, device_mesh: DeviceMesh) -> dict[str, FSDPMeshInfo]:

@@ -173,7 +173,7 @@ def _exchange(
     buffer = torch.cat(parts) if parts else like.new_empty(0)
     received = like.new_empty(sum(map(sum, sizes)))
     dist.all_to_all_single(received, buffer, [sum(of) for of in sizes], to, group=group)
-    optimizer_traffic.add(group.group_name, group, [number * like.element_size() for number in to])
+    optimizer_traffic.add(group, [number * like.element_size() for number in to])
     flat = iter(received.split([size for of in sizes for size in of]))
     return [[next(flat).view(shape) for shape in of] for of in shapes]
 

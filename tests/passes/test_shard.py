@@ -14,7 +14,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecompile
-from moecompile.errors import PassError, PlanError
+from moecompile.errors import MoecompileError, PassError, PlanError
 from moecompile.passes.base import exchanges_of
 from moecompile.passes.shard import bind_axes, device_mesh_of, expert_parameters, shard
 from moecompile.pipeline import compile_with_report
@@ -85,6 +85,19 @@ def test_layers_that_are_left_out_by_chance_are_refused_on_several_ranks() -> No
     compiled.model.layerdrop = 0.0
     with fake_rank(0, 2):
         shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
+
+
+def test_a_part_that_is_called_without_the_model_is_named() -> None:
+    """Its weights are in shards then; torch's error is of DTensors. Within a call of the model it runs."""
+    compiled = compile_with_report(TinyGPT(), config(*COPY4, "mesh.ranks_per_node=2", "mesh.ep=1"), example=ids())
+    model = compiled.model
+    with fake_rank(0, 2):
+        shard(model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
+        with pytest.raises(MoecompileError, match=r"^embed: called by itself, but its weights are in shards"):
+            model.embed(ids())
+        model(ids()).sum().backward()
+        with pytest.raises(MoecompileError, match=r"^embed: called by itself.* a call of TinyGPT gathers"):
+            model.embed(ids())
 
 
 def test_gradient_hooks_of_weights_that_shards_replace_are_refused(tmp_path: Path) -> None:
