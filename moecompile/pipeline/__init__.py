@@ -185,7 +185,7 @@ def compiled_module(model: nn.Module) -> nn.Module:
     if len(compiled) != 1:
         raise PlanError(
             "model", type(model).__name__, f"holds {len(compiled)} compiled models, one is needed",
-            "Call moecompile.compile_model on the one to be trained",
+            "Call moecompile.compile_model on the one to be trained, and on no other",
         )  # fmt: skip
     return compiled[0]
 
