@@ -17,6 +17,7 @@ of shards that can be loaded on any mesh.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
-from moecompile.capture import seed_generators
+from moecompile.capture import layers_of, seed_generators
 from moecompile.checkpoint.folders import whole
 from moecompile.errors import ConfigError, PlanError
 from moecompile.mesh import Part
@@ -723,10 +724,11 @@ def _train_routing(model: nn.Module) -> None:
     a note if it changes any.
 
     `from_pretrained` leaves a model in evaluation mode, and Lightning keeps the mode: counts, the bias rule and
-    auxiliary losses would silently be off. Other modules keep their mode, as does a model without trained parameters.
+    auxiliary losses would silently be off. Other modules keep their mode, as does a model without trained parameters,
+    and a stack of layers without any: a frozen tower, or a teacher, whose biases must not move.
     """
-    kinds = (Router, OwnRouter, LoadMeter)
-    in_eval = [module for module in model.modules() if isinstance(module, kinds) and not module.training]
+    kinds, frozen = (Router, OwnRouter, LoadMeter), _in_frozen_stacks(model)
+    in_eval = [m for m in model.modules() if isinstance(m, kinds) and not m.training and m not in frozen]
     if not in_eval or not any(parameter.requires_grad for parameter in model.parameters()):
         return
     for module in in_eval:
@@ -737,6 +739,16 @@ def _train_routing(model: nn.Module) -> None:
         "now in training mode: loads are counted, the bias rule and auxiliary losses hold. All else, such as dropout, "
         "keeps its mode; call model.train() to change that."
     )
+
+
+def _in_frozen_stacks(model: nn.Module) -> set[nn.Module]:
+    """All modules in layers beside which no layer is trained."""
+    paths = {module: path for path, module in model.named_modules()}
+    stacks = defaultdict[str, list[nn.Module]](list)
+    for layer in layers_of(model):
+        stacks[paths[layer].rpartition(".")[0]].append(layer)
+    frozen = [s for s in stacks.values() if not any(p.requires_grad for layer in s for p in layer.parameters())]
+    return {module for layers in frozen for layer in layers for module in layer.modules()}
 
 
 def groups_of(trainer: Trainer) -> Groups:

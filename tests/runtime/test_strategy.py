@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
 from moecompile.nn import auxiliary_loss, update_balance
@@ -26,3 +27,26 @@ def test_losses_of_a_models_own_routers_hold_in_whatever_mode_it_came() -> None:
         model(ids, labels=ids, output_router_logits=True)
     with pytest.warns(UserWarning, match="has padding"):
         model(ids, attention_mask=(ids > 2).long())
+
+
+def test_a_frozen_stack_beside_one_that_is_trained_stays_as_it_is() -> None:
+    """A teacher whose biases moved would be another one."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = (moe_model("deepseek_v3").eval() for _ in range(2))
+            self.teacher.requires_grad_(False)
+
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+            return self.student(input_ids).logits, self.teacher(input_ids).logits
+
+    ids = torch.arange(8).reshape(1, 8)
+    pair = compile_model(Pair(), ["mesh.ranks_per_node=1", "balance.rule=bias"], example={"input_ids": ids})
+    _train_routing(pair)
+    pair(ids)
+    before = {name: buffer.clone() for name, buffer in pair.named_buffers()}
+    loads = {load.name: load.tokens for load in update_balance(pair)}
+    assert {name.partition(".")[0]: tokens for name, tokens in loads.items()} == {"student": 8, "teacher": 0}
+    moved = {name for name, buffer in pair.named_buffers() if "bias" in name and not torch.equal(buffer, before[name])}
+    assert {name.partition(".")[0] for name in moved} == {"student"}
