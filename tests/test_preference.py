@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
-def train(model: nn.Module, tokenizer: object) -> tuple[nn.Module, list[float]]:
+def train(model: nn.Module, tokenizer: Any) -> tuple[nn.Module, list[float]]:
     """All pairs in each step, as two ranks with two pairs each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     with torch.no_grad():
@@ -70,9 +71,10 @@ def train(model: nn.Module, tokenizer: object) -> tuple[nn.Module, list[float]]:
     return model, losses
 
 
-def of_answer(model: nn.Module, tokenizer: object, prompt: str, text: str) -> Tensor:
+def of_answer(model: nn.Module, tokenizer: Any, prompt: str, text: str) -> Tensor:
     """The log-probability of one answer."""
-    begin = tokenizer(prompt)["input_ids"]  # type: ignore[operator]
-    ids = torch.tensor([begin + tokenizer(text, add_special_tokens=False)["input_ids"]])  # type: ignore[operator]
+    begin = tokenizer(prompt)["input_ids"]
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([begin + answer + [tokenizer.eos_token_id]])
     of_tokens = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     return of_tokens[len(begin) - 1 :].sum()

@@ -86,8 +86,8 @@ def read(folder: Path, path: Path) -> tuple[PreTrainedModel, list[Pair]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def answer(prompt: str, text: str) -> Answer:
-        begin = tokenizer(prompt)["input_ids"]
-        return begin + tokenizer(text, add_special_tokens=False)["input_ids"], len(begin)
+        begin, end = tokenizer(prompt)["input_ids"], tokenizer.eos_token or ""
+        return begin + tokenizer(text + end, add_special_tokens=False)["input_ids"], len(begin)
 
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     pairs = [(answer(line["prompt"], line["chosen"]), answer(line["prompt"], line["rejected"])) for line in lines]
