@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,13 @@ class LoadHistory:
 
     @classmethod
     def read(cls, path: Path) -> LoadHistory:
-        """Reads what `save` wrote."""
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return cls(layers=file["layers"].tolist(), steps=file["steps"].tolist(), loads=list(file["load"]))
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is cut off, or none.
+        """
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                return cls(layers=file["layers"].tolist(), steps=file["steps"].tolist(), loads=list(file["load"]))
+        except (EOFError, BadZipFile) as error:
+            raise ValueError(f"{path} is cut off: {error}") from error

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from moecompile.errors import ConfigError, UserError
 
@@ -53,6 +54,15 @@ _OF_OTHERS = (".hydra", "lost+found", "job.sbatch", "slurm-*.out")
 _GROUPS = {"task", "model", "experts", "mesh", "trainer"}
 """Keys that the `resolved.yaml` of every version has."""
 _SHOWN = 3
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows of `samples.jsonl`; none of what a kill or a full disk has cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may have other ends of lines
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def output_dir(run_dir: Path) -> Path:

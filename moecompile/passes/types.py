@@ -52,7 +52,7 @@ from moecompile.nn.identity import IdentityExperts
 from moecompile.nn.own_router import OwnCapacity, OwnRouter
 from moecompile.nn.padding import MaskRouting
 from moecompile.nn.scaled_input import ScaleInput
-from moecompile.passes.base import GRAD_TOKEN, is_ours, op_name, reached
+from moecompile.passes.base import GRAD_TOKEN, experts_calls, is_ours, op_name, reached
 from moecompile.plan import EXCHANGES, HALVES, LayerPlan
 from moecompile.plan.plan import DENSE, EXPERTS, INSIDE, ROUTER
 
@@ -134,8 +134,9 @@ class Type:
         holds: a key of `HOLDS`.
         at: the place.
         same: mesh axes along which ranks have the same.
-        choice, number: of ids, codes, counts and split sizes: which choice, of how many experts.
-        form: of counts and split sizes, the op that counted; of what is in flight, its start and the start's arguments.
+        choice, number: of ids, codes, counts and split sizes: which choice, of how many experts; of lent weights too.
+        form: of counts and split sizes, the op that counted; of what is in flight, its start and the start's arguments;
+            of weights, their name.
         axis: of split sizes, the axis that they are for; of counts, the axis that they were sent over.
         parts: of counts of all chunks, those of each.
         wire: whether it is in the precision of the wire.
@@ -514,6 +515,8 @@ def _begins_there(call: Call) -> None:
 def _is_cast(call: Call) -> None:
     if not call.inputs[0][1].wire:
         raise call.refuse("casts back what is as on the wire", call.inputs[0][1])
+    if call.inputs[1][1].wire:
+        raise call.refuse("takes the precision of what is not on the wire", call.inputs[1][1])
 
 
 def _is_not_cast(call: Call) -> None:
@@ -905,7 +908,9 @@ class Typed:
         self.is_placed = any(layer.placement.order for layer in layers)
         self.types: dict[Node, Type | list[Type]] = {}
         self.calls: dict[Node, tuple[Call, Row]] = {}
-        self.experts: dict[str, LayerPlan] = {}
+        targets = list(dict.fromkeys(str(node.target) for node in experts_calls(graph_module)))
+        self.experts = {target: layers[min(i, len(layers) - 1)] for i, target in enumerate(targets)}
+        self.nearest = {is_back: self._nearest(targets, is_back=is_back) for is_back in (False, True)}
         self.same = layers[0].cut_over
         for node in graph_module.graph.nodes:
             self.types[node] = self._type_of(node)
@@ -918,11 +923,17 @@ class Typed:
         if node.op in ("placeholder", "get_attr", "output"):
             return {"placeholder": self._given, "get_attr": _weight, "output": self._returned}[node.op](node)
         if node.target is operator.getitem and isinstance(made := self.types[node.all_input_nodes[0]], list):
-            return made[node.args[1]]  # type: ignore[index]
+            return self._item(node, made)
         call = self.call(node)
         if (special := _SPECIAL.get(call.name)) is not None and (call.name != "cat" or _is_chunks(call)):
             return special(self, call)
         return self._experts(call) if isinstance(call.module, RowExperts) else self.by_row(call)
+
+    def _item(self, node: Node, made: list[Type]) -> Type:
+        source, which = node.args
+        if not isinstance(which, int) or not 0 <= which < len(made):
+            raise Refused(f"{node.name} reads item {which} of {source}, which returns {len(made)}")
+        return made[which]
 
     def by_row(self, call: Call) -> Type | list[Type]:
         """What a call returns by its row, or by the rule for ops on tokens."""
@@ -931,6 +942,17 @@ class Typed:
         self.calls[call.node] = call, row
         made = _apply(call, row)
         return made if len(made) > 1 else made[0]
+
+    def _nearest(self, targets: Sequence[str], *, is_back: bool) -> dict[Node, str]:
+        """The experts that each node leads to first; is_back: the last ones that lead to it."""
+        found: dict[Node, str] = {}
+        pick = max if is_back else min
+        for node in self.graph_module.graph.nodes if is_back else reversed(self.graph_module.graph.nodes):
+            nearby = [found[each] for each in (node.all_input_nodes if is_back else node.users) if each in found]
+            nearby += [str(node.target)] if node.op == "call_module" and node.target in targets else []
+            if nearby:
+                found[node] = pick(nearby, key=targets.index)
+        return found
 
     def _given(self, node: Node) -> Type:
         """What the first op that knows its arguments reads it as (step 1), if need be in chunks."""
@@ -961,14 +983,13 @@ class Typed:
                 call.sources.append(source)
             if not nodes:
                 call.constants[name] = value
+        nearest = self.nearest[bool(call.constants.get("reverse"))].get(node)
+        call.layer = self.layers[0] if nearest is None else self.experts[nearest]
         return call
 
     def _experts(self, call: Call) -> Type:
         """Experts of one rank, on rows in their order or, fused, on rows that they gather."""
-        layer = self.experts.setdefault(
-            str(call.node.target), self.layers[min(len(self.experts), len(self.layers) - 1)]
-        )
-        call.layer = layer
+        call.layer = self.experts[str(call.node.target)]
         given = [(source, name, of) for source, (name, of) in zip(call.sources, call.inputs, strict=True)]
         is_fused = any(name in ("source_R", "weights_R") for _, name, _ in given)
         call.name = "experts, fused" if is_fused else "experts"
@@ -978,6 +999,11 @@ class Typed:
         made = _apply(call, ROWS[call.name])
         self.calls[call.node] = call, ROWS[call.name]
         borrowed = [of for _, name, of in given if name == "borrowed"]
+        owner = self.graph_module.get_submodule(str(call.node.target))
+        own = [of.form for _, name, of in given if name == "given"]
+        own = own or [f"{call.node.target}.{name}" for name, _ in owner.named_parameters(recurse=False)]
+        if borrowed and [of.form for of in borrowed] != own:
+            raise call.refuse(f"borrows {', '.join(of.form for of in borrowed)}, where {', '.join(own)} are meant")
         _check_experts(call, call.inputs[1][1], borrowed, is_placed=self.is_placed)
         for _, name, of in given:
             holds = {"grad_token": "grad token", "given": "parameters", "borrowed": "parameters"}.get(name, of.holds)
@@ -1022,8 +1048,8 @@ class Typed:
         """The inputs that a node passes a gradient to."""
         if node in self.calls:
             made = self.types[node]
-            items = {int(user.args[1]): user for user in node.users} if isinstance(made, list) else {}  # type: ignore[arg-type]
-            back = {i: made[i] for i, user in items.items() if user in reached} if isinstance(made, list) else {0: made}
+            read = {user.args[1] for user in node.users if user in reached} if isinstance(made, list) else set()
+            back = {i: of for i, of in enumerate(made) if i in read} if isinstance(made, list) else {0: made}
             yield from _dual_inputs(*self.calls[node], back)
             yield from (each for each in node.all_input_nodes if self._holds(each) in ("parameters", "grad token"))
         elif op_name(node) not in _NO_GRADIENT | _SIZES and node.target is not getattr:
@@ -1073,7 +1099,7 @@ _CHUNKED = ("split_tokens", "getitem")
 
 
 def _weight(node: Node) -> Type:
-    return Type(holds="parameters")
+    return Type(holds="parameters", form=str(node.target))
 
 
 def _names(node: Node, module: nn.Module | None) -> Iterator[str]:
@@ -1158,9 +1184,9 @@ def _counts_of_chunk(typed: Typed, call: Call) -> Type:
 
 def _local_weights(typed: Typed, call: Call) -> Type:
     (_, of) = call.inputs[0]
-    if of.holds != "parameters" or call.constants["num_local"] != call.layer.placement.experts_per_rank:
+    if of.holds != "parameters" or of.number or call.constants["num_local"] != call.layer.placement.experts_per_rank:
         raise call.refuse(f"takes the weights of {call.layer.placement.experts_per_rank} experts", of)
-    return replace(of, form="of this rank")
+    return replace(of, number=int(call.constants["num_local"]))
 
 
 def _lend(typed: Typed, call: Call) -> list[Type]:
@@ -1168,11 +1194,11 @@ def _lend(typed: Typed, call: Call) -> list[Type]:
     _owner(call)
     if (
         loans.holds != "loans"
-        or any(of.form != "of this rank" for of in weights)
+        or any(of.holds != "parameters" or not of.number for of in weights)
         or call.axis != call.layer.dispatch.axis
     ):
         raise call.refuse(f"takes weights of this rank, and loans, over {call.layer.dispatch.axis}", *weights, loans)
-    return [Type(holds="parameters", choice=loans.choice, form="borrowed") for _ in weights]
+    return [replace(of, choice=loans.choice) for of in weights]
 
 
 def _grad_token(typed: Typed, call: Call) -> Type:
@@ -1195,7 +1221,8 @@ def _wait(typed: Typed, call: Call) -> Type | list[Type]:
     start = next((node for node in typed.types if node.name == token.form), None)
     name = call.name.removesuffix("_wait")
     number = EXCHANGES[name].inputs
-    if start is None or ticket.form != token.form or op_name(start) != f"{name}_start":
+    is_its = ticket.holds == "ticket" and ticket.form == token.form
+    if start is None or not is_its or op_name(start) != f"{name}_start":
         raise call.refuse("takes what its start returned", token, ticket)
     if call.node.args[2:] != start.args[number:] or call.node.kwargs != start.kwargs:
         raise call.refuse(f"has other arguments than {start.name}: {call.node.args[2:]}, not {start.args[number:]}")
@@ -1227,6 +1254,8 @@ def _dense(typed: Typed, call: Call) -> Type:
     """
     name = torch_name(call.node, typed.graph_module.get_submodule) or call.name
     data = [of for _, of in call.inputs if of.holds not in _NOWHERE]
+    if kept := [of for _, of in call.inputs if of.holds in ("ticket", "grad token")]:
+        raise call.refuse("has no use for it", *kept)
     if name in _SIZES or not data:
         weights = [of for _, of in call.inputs if of.holds == "parameters"]
         return Type(holds="parameters" if weights and name not in _SIZES else "constant")

@@ -19,7 +19,7 @@ from moecompile.plan.layers import LayerPlan
 from moecompile.plan.lookups import Lookup
 from moecompile.plan.recompute import Recomputed
 from moecompile.plan.tensor_parallel import SplitModules, check_split
-from moecompile.stages import Pipeline
+from moecompile.stages import Pipeline, stage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +330,16 @@ class Plan:
         """
         place = 0 if self.pipeline is None else self.pipeline.rank_with_loss
         return self.mesh.counts_in_stage(rank) and self.mesh.index(rank, Part.LAYERS) == place
+
+    def ranks_of(self, layer: LayerPlan) -> list[int]:
+        """The global ranks that have a layer: those of its stage."""
+        ranks = range(self.mesh.world_size)
+        if self.pipeline is None:
+            return list(ranks)
+        stage = stage_of(self.pipeline, layer.site.fqn)
+        assert stage is not None
+        place = self.pipeline.rank_of(stage)
+        return [rank for rank in ranks if self.mesh.index(rank, Part.LAYERS) == place]
 
     def layer(self, fqn: str) -> LayerPlan:
         """The layer planned for the region `fqn`.

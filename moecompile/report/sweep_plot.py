@@ -158,8 +158,15 @@ def _lines(points: Sequence[Point], keys: Sequence[str], axis: str, panels: Sequ
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _set_ticks(axes, ticks)
     if named:
-        handles, labels = panel_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
+        handles: dict[str, Any] = {}
+        for axes in panel_axes:  # a line may be in some of them
+            drawn_lines, labels = axes.get_legend_handles_labels()
+            handles |= dict(zip(labels, drawn_lines, strict=True))
+        shown = [label for label in groups if label in handles]
+        figure.legend(
+            [handles[label] for label in shown], shown, loc="outside lower center", ncols=min(3, len(shown)),
+            frameon=False, fontsize=8,
+        )  # fmt: skip
     _note_if_cut(figure, len(groups), _MAX_LINES)
     return figure
 

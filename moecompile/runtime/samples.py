@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moecompile.atomic import write_text
+from moecompile.rundir import read_samples
 from moecompile.runtime.data import num_ids
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
@@ -59,9 +60,8 @@ class Samples(StepObserver):
     def step_ended(self, module: LanguageModule, strategy: ExpertParallelStrategy) -> None:
         """Writes a sample if it is time; after the first step, removes those of a run that went on another way."""
         if module.trainer.global_step == self._first + 1 and module.trainer.is_global_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= self._first)
-            write_text(self.path, kept)
+            kept = [row for row in read_samples(self.path) if row["step"] <= self._first]
+            write_text(self.path, _as_lines(kept))
         if self.interval and module.trainer.global_step % self.interval == 0:
             self._sample(module, strategy)
 
@@ -95,16 +95,18 @@ class Samples(StepObserver):
         return self.tokenizer.decode(prompt, skip_special_tokens=False), self.tokenizer.decode(text)
 
     def _write(self, trainer: Trainer, step: int, texts: list[tuple[str, ...]]) -> None:
-        rows = [
-            json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in texts
-        ]
+        rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts]
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk is told by the checkpoint
-            file.write("".join(f"{row}\n" for row in rows))
+            file.write(_as_lines(rows))
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):  # wandb
                 logger.log_text("sample", columns=["prompt", "text"], data=[list(row) for row in texts], step=step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("sample", "\n\n".join(f"**{p}**{t}" for p, t in texts), step)
+
+
+def _as_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def room(module: LanguageModule, batch: dict[str, Tensor]) -> int:

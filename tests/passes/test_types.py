@@ -41,6 +41,7 @@ from tests.verify import test_certify, test_context
 ops = torch.ops.moecompile
 TWO = [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=2"]
 FOUR = [*COPY4, "experts.num_shared=1", "mesh.num_nodes=2", "mesh.ranks_per_node=2"]
+LENDS = ["dispatch.balance=lend", "dispatch.slots=2"]
 CHUNKS = ["dispatch.overlap=chunks", "dispatch.chunks=2"]
 GRAPHS = {
     "local": COPY4,
@@ -54,7 +55,7 @@ GRAPHS = {
     "flat in chunks": [*TWO, "dispatch.kind=flat", *CHUNKS],
     "in chunks": [*TWO, "dispatch.kind=dedup", *CHUNKS],
     "two levels in chunks": [*FOUR, "dispatch.kind=hierarchical", *CHUNKS],
-    "lends": [*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=dedup", "dispatch.balance=lend", "dispatch.slots=2"],
+    "lends": [*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=dedup", *LENDS],
     "cut": [*COPY4, "experts.num_shared=1", "mesh.ranks_per_node=4", "dispatch.kind=dedup"],
     "placed": [*TWO, "dispatch.kind=dedup"],
 }
@@ -225,6 +226,11 @@ def borrowed_left_out(graph: fx.Graph) -> None:
     named(graph, "experts").kwargs = {}
 
 
+def borrowed_swapped(graph: fx.Graph) -> None:
+    experts = named(graph, "experts")
+    experts.kwargs = {**experts.kwargs, "borrowed": list(reversed(experts.kwargs["borrowed"]))}  # type: ignore[arg-type]
+
+
 def weights_for_loans(graph: fx.Graph) -> None:
     """Own experts are taken for borrowed ones."""
     own = [node for node in graph.nodes if op_name(node) == "local_experts"]
@@ -254,6 +260,10 @@ def cat_reversed(graph: fx.Graph) -> None:
 def one_chunk_lost(graph: fx.Graph) -> None:
     cat = named(graph, "cat")
     cat.replace_all_uses_with(cat.args[0][0])  # type: ignore[index]
+
+
+def item_that_is_not_there(graph: fx.Graph) -> None:
+    item(named(graph, "router"), 1).update_arg(1, 3)
 
 
 def shared_experts_on_all_tokens(graph: fx.Graph) -> None:
@@ -293,6 +303,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Graph], None]]] = {
     "assignments stay": ("allgather", set_argument("take_local", 1, of("pad_tokens", 1))),
     "routing weights twice": ("dedup", weighted_twice),
     "no routing weights": ("dedup", not_weighted),
+    "an item that is not there": ("dedup", item_that_is_not_there),
     "routing weights of the sender": ("dedup", set_argument("reduce_rows", 1, of("pack_rows", 2))),
     "experts left out": ("dedup", experts_left_out),
     "order for source": ("dedup", set_argument("reduce_rows", 2, lambda graph: _made(graph, "expand_rows", 3))),
@@ -315,14 +326,19 @@ MUTATIONS: dict[str, tuple[str, Callable[[fx.Graph], None]]] = {
     "a wait in another format": ("eight bits in chunks", set_keywords("all_to_all_wait")),
     "rows not cast back": ("bf16", drop("wire_uncast")),
     "rows not cast": ("bf16", drop("wire_cast")),
+    "rows cast back to what they are": ("bf16", set_argument("wire_uncast", 1, argument("wire_uncast", 0))),
     "tables of chunks swapped": ("in chunks", chunks_swapped("all_to_all_start", 1)),
     "orders of chunks swapped": ("flat in chunks", chunks_swapped("unpermute", 1)),
     "routing weights of chunks swapped": ("flat in chunks", chunks_swapped("unpermute", 2)),
     "counts of chunks swapped": ("two levels in chunks", chunks_swapped("onward_counts", 0)),
     "tickets swapped": ("in chunks", chunks_swapped("all_to_all_wait", 1)),
+    "a token for its ticket": ("in chunks", set_argument("all_to_all_wait", 1, of("all_to_all_start", 0))),
+    "a ticket for tokens": ("in chunks", set_argument("shared_experts", 0, of("exchange_assignments_start", 1))),
     "chunks in another order": ("in chunks", cat_reversed),
     "a chunk lost": ("in chunks", one_chunk_lost),
     "own experts for borrowed ones": ("lends", weights_for_loans),
+    "borrowed weights swapped": ("lends", borrowed_swapped),
+    "the first one of this rank's experts": ("lends", before("local_experts", 0, call(ops.local_experts, 2))),
     "ids for slots": ("lends", set_argument("count_rows", 0, argument("to_slots", 0))),
     "ids for positions": ("placed", drop("place_ids")),
     "placed twice": ("placed", before("count_rows", 0, call(ops.place_ids, [2, 0, 3, 1]))),
@@ -534,6 +550,24 @@ def test_what_is_of_another_layer_does_not_fit(change: Callable[[fx.Graph], None
     change(graph.graph)
     with pytest.raises(PassError, match=r"of _(0|1)_router.* of _(?!\1)[01]_router"):
         check_types("test", region, layers)
+
+
+def test_layers_of_one_graph_have_settings_of_their_own() -> None:
+    """Their numbers of experts may differ, and what `fp8_if_faster` and `auto` choose for each."""
+    late = '+per_layer.late={match: "1", experts: {num_routed: 8}}'
+    overrides = [*COPY4, "mesh.ranks_per_node=2", "dispatch.kind=dedup", "dispatch.wire_dtype=fp8", *LENDS, late]
+    graph = moecompile.transform(trace(nn.Sequential(Gated(), Gated())), overrides)
+    first, last = moecompile.plan_of(graph).layers
+    assert (first.placement.experts_per_rank, last.placement.experts_per_rank) == (2, 4)
+    region = Region(path="", graph=graph, module=graph, matches={})
+    wide = dataclasses.replace(first, dispatch=dataclasses.replace(first.dispatch, wire_dtype="auto"))
+    with pytest.raises(PassError, match="for rows on the wire, where none is planned"):
+        check_types("test", region, [wide, last])
+    for which in range(2):
+        set_keywords("all_to_all", which)(graph.graph)
+    check_types("test", region, [wide, last])
+    with pytest.raises(PassError, match="has no format for rows on the wire"):
+        check_types("test", region, [first, last])
 
 
 # -- backward --------------------------------------------------------------------------------------------------------

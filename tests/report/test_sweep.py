@@ -50,7 +50,7 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def point(loss: float, **settings: str) -> Point:
+def point(loss: float | None, **settings: str) -> Point:
     return Point(settings=settings, measured={"val_loss": loss, "tokens_per_second": 1000.0})
 
 
@@ -246,6 +246,12 @@ def test_what_was_not_measured_has_no_panel(tmp_path: Path) -> None:
     assert not draw(points, tmp_path / "none.png")
     figure = sweep_plot._lines(points, ["top_k"], "top_k", ["val_loss"])
     assert not figure.axes[0].lines
+
+
+def test_a_line_that_is_in_some_panels_alone_is_in_the_legend() -> None:
+    points = [point(None if e == "8" else 5.0, top_k=k, experts=e) for e in ("8", "16") for k in ("1", "2")]
+    figure = sweep_plot._lines(points, ["top_k", "experts"], "top_k", ["val_loss", "tokens_per_second"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["experts=8", "experts=16"]
 
 
 def test_more_lines_than_can_be_told_apart_are_cut_and_it_is_said() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile.report.page import write_report
+from moecompile.rundir import read_samples
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.samples import TEMPERATURE, TOKENS, Samples, fewest, room, written
 from moecompile.schema import OptimizerConfig
@@ -91,6 +93,21 @@ def test_answers_begin_where_their_prompts_end() -> None:
     samples = Samples(None, [batch], Words(), Path("none"), None, seed=0)  # type: ignore[arg-type]
     assert samples._texts(batch, 0, [1, 2], [8, 7, 9]) == ("[1, 2] with special tokens", "[8]")
     assert samples._texts(batch, 1, [1, 2], [8, 7, 9]) == ("[1, 2] with special tokens", "[8, 7, 9]")
+
+
+def test_a_run_goes_on_from_samples_with_any_ends_of_lines_and_one_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    samples = Samples(None, [], None, path, None, seed=0)  # type: ignore[arg-type]
+    trainer = SimpleNamespace(global_step=5, is_global_zero=True, loggers=[])
+    samples._write(trainer, 4, [("a\u2028b", "c\x85d\n")])  # type: ignore[arg-type]
+    whole = path.read_text(encoding="utf-8")
+    samples._write(trainer, 6, [("of another way", "")])  # type: ignore[arg-type]
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "pro')
+    samples.started(SimpleNamespace(trainer=SimpleNamespace(global_step=4)))  # type: ignore[arg-type]
+    samples.step_ended(SimpleNamespace(trainer=trainer), None)  # type: ignore[arg-type]
+    assert path.read_text(encoding="utf-8") == whole
+    assert [row["prompt"] for row in read_samples(path)] == ["a\u2028b"]
 
 
 def test_weights_that_are_not_finite_end_no_run() -> None:

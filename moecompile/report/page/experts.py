@@ -11,6 +11,7 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,10 +137,10 @@ def tokens_section(run: Run) -> Section | None:
     if run.task != "train":
         return None
     try:
-        with np.load(run.folder / ROUTES, allow_pickle=False) as file:
+        with (run.folder / ROUTES).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             tokens, ids = file["tokens"].astype(np.int64), file["ids"].astype(np.int64)
             layers, experts = short_names(file["layers"].tolist()), file["num_experts"].tolist()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     if len(tokens) < _LEAST:
         return None

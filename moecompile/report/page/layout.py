@@ -39,7 +39,7 @@ def traffic_section(run: Run) -> Section | None:
     planned = planned_bytes(plan)
     counted = np.array(run.profile["traffic"]) if run.profile.get("traffic") else None
     parts: list[str | Chart] = [_traffic_map(plan, planned, counted)]
-    text = "Bytes that leave a rank in the forward exchanges of one optimizer step, all MoE layers together."
+    text = "Bytes that leave a rank in the forward exchanges of one optimizer step, all of its MoE layers together."
     parts.append(note(f"{text} The lines are between nodes."))
     if plan.mesh.num_nodes > 1:
         parts += _by_node(run, plan, planned, counted)
@@ -63,7 +63,7 @@ def planned_bytes(plan: Plan) -> Matrix:
         )  # fmt: skip
         sent = forward_traffic(layer.dispatch.kind, layer.placement, layer.routing, mesh, wire)
         by_link = {LinkClass.INTRA_NODE: sent.intra_node, LinkClass.INTER_NODE: sent.inter_node}
-        for rank in range(mesh.world_size):
+        for rank in plan.ranks_of(layer):
             for link, count in by_link.items():
                 peers = [peer for peer in mesh.ep_peers(rank) if mesh.link(rank, peer) is link]
                 if link is LinkClass.INTER_NODE:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from moecompile.report.baseline import baseline_rows, verdict
 from moecompile.report.page.document import Chart, Section, chart, details, escape, lines, note, table
 from moecompile.report.page.read import Run, flatten, read_config
 from moecompile.report.text import bytes_text, count_text, plural, seconds_text, step0_text
-from moecompile.rundir import OVERRIDES, RESOLVED, SAMPLES
+from moecompile.rundir import OVERRIDES, RESOLVED, SAMPLES, read_samples
 from moecompile.version import versions
 
 # -- (1) verdict -------------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def samples_section(run: Run) -> Section | None:
     path = run.folder / SAMPLES
     if run.task != "train" or not path.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_samples(path)
     if not rows:
         return None
     rows.sort(key=lambda row: -row["step"])

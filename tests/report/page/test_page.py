@@ -23,7 +23,7 @@ from moecompile.report.page.layout import blocks, planned_bytes
 from moecompile.report.page.read import read_run
 from tests.plan.plans import a_plan
 from tests.report.page.runs import FORECAST_FIELDS, a_run
-from tests.tiny import COPY4, UpDown, tokens
+from tests.tiny import COPY4, UpDown, ids, tiny_llama, tokens
 
 TITLES = ["verdict", "steps", "price", "load", "traffic", "layout", "tokens", "curves", "setup"]
 
@@ -62,6 +62,18 @@ def test_without_data_a_view_is_left_out(tmp_path: Path) -> None:
     assert sections(path) == ["verdict", "traffic", "layout", "setup"]
     assert "http-equiv" in path.read_text()  # not over: it loads itself again
     assert "no result yet: step 0 of 20" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["load.npz", "routes_sample.npz", "samples.jsonl"])
+def test_a_file_that_is_cut_off_is_left_out(tmp_path: Path, name: str) -> None:
+    a_run(tmp_path)
+    rows = ({"step": step, "prompt": "one\u2028two", "text": "\x85"} for step in (5, 10))
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert set(sections(write_report(tmp_path, "train"))) == {*TITLES, "samples"}
+    whole = (tmp_path / name).read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 3):
+        (tmp_path / name).write_bytes(whole[:size])
+        write_report(tmp_path, "train")
 
 
 def test_a_plan_has_a_forecast_and_a_failed_verification_its_checks(tmp_path: Path) -> None:
@@ -142,6 +154,15 @@ def test_planned_bytes_add_up_to_the_estimate_and_keep_to_the_links() -> None:
         between = blocks(matrix, 2)
         assert between[0, 1] == pytest.approx(2 * tokens * mean.inter_node)
         assert (matrix[0, 3] == 0) == (kind == "hierarchical")  # rank 3 is not rank 0's place on the other node
+
+
+def test_planned_bytes_of_a_rank_are_those_of_its_stage() -> None:
+    mesh = ["mesh.ranks_per_node=4", "mesh.ep=2", "dispatch.kind=dedup"]
+    whole, stages = (
+        planned_bytes(make_plan(tiny_llama(), [*COPY4, *mesh, f"mesh.pp={pp}"], example={"input_ids": ids()}))
+        for pp in (1, 2)
+    )
+    assert stages.sum(1) == pytest.approx(whole.sum(1))  # half of the layers, and twice the micro-batches
 
 
 def test_planned_bytes_are_of_numbers_as_they_are_computed() -> None:
