@@ -48,6 +48,7 @@ from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
+from moecompile.planner.given import left_notes
 from moecompile.planner.lookups import table_notes
 from moecompile.planner.search.chosen import choose_layout
 from moecompile.planner.search.remedies import with_remedies
@@ -212,7 +213,7 @@ def _compiled(
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
     facts = facts_of(model, example, captured, config.mesh)
-    plan = _planned(model, captured, overrides if plan else config, plan, facts)
+    given, plan = plan, _planned(model, captured, overrides if plan else config, plan, facts)
     if plan.pipeline is not None and not is_meta(model):
         check_stages(model, plan.pipeline, example)
     if until == "shard" and plan.pipeline is not None:
@@ -222,8 +223,10 @@ def _compiled(
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
     log.keep("captured", regions)
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
-    done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
-    done.notes = [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
+    why = "not selected by experts.match and experts.layers" if given is None else "not in the given plan"
+    done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers}, why)
+    done.notes = [] if given is None else left_notes(given, captured.sites)
+    done.notes += [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
     done.notes += [*table_notes(facts, config), *repeated_notes(captured, plan)]
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
