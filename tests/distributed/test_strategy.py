@@ -265,7 +265,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             call(folder)
         except UserError as error:
             out[name] = str(error)
-    out["predicted"] = _predicted()
+    out["predicted"], out["alone"] = _predicted(), _weights_alone(Path(folder, "alone"))
     axes = ("ep", "cp", "tp", "pp")
     return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
 
@@ -369,6 +369,27 @@ def _second_trainer(folder: str) -> None:
         Trainer(strategy="expert_parallel", devices=WORLD, **CPU).predict(module, DataLoader(dataset(), BATCH))
 
 
+class Validates(Mean):
+    """With what `Trainer.validate` calls."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", F.cross_entropy(self.model(batch[0]), batch[1]), sync_dist=True)
+
+
+def _weights_alone(path: Path) -> tuple[str, list[dict[str, Tensor]]]:
+    """What `fit` says of weights that were saved alone; these, as another Trainer validates them, and as it trains them."""
+    saved, begun = Mean(), Validates()
+    first, refused, second = (Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU) for _ in range(3))
+    first.fit(saved)
+    first.save_checkpoint(path, weights_only=True)
+    with pytest.raises(PlanError) as caught:
+        refused.fit(Mean(), ckpt_path=path)
+    second.validate(begun, DataLoader(dataset(), BATCH), ckpt_path=path)
+    weights = [{name: full(p).clone() for name, p in module.model.named_parameters()} for module in (saved, begun)]
+    second.fit(begun)
+    return str(caught.value), [*weights, {name: full(p) for name, p in begun.model.named_parameters()}]
+
+
 def _scaled(folder: str) -> None:
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, plugins=plugins, **CPU).fit(Mean())
@@ -430,6 +451,13 @@ def test_ranks_see_different_data(results: list[dict[str, Any]]) -> None:
 
 def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
+
+
+def test_weights_that_were_saved_alone_are_validated_and_begun_with(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        said, (saved, begun, trained) = result["alone"]
+        assert said.startswith("ckpt_path=") and "alone: holds weights alone (weights_only), and fit goes on with" in said
+        assert worst(begun, saved)[0] == 0.0 < worst(trained, saved)[0]
 
 
 def test_ranks_predict_equally_many_batches(results: list[dict[str, Any]]) -> None:
