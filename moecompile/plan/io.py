@@ -55,7 +55,10 @@ def _plan_of(text: str, source: str) -> Plan:
     body.pop("hash", None)  # a plan may be edited by hand; its hash is computed again
     estimate = body.get("estimate")
     if isinstance(estimate, dict) and isinstance(fits := estimate.get("fits"), bool):  # of version 0.2.0
-        body["estimate"] = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
+        body["estimate"] = estimate = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
+    assumes = estimate.get("assumes") if isinstance(estimate, dict) else None
+    if isinstance(assumes, dict):  # version 0.2.0 knew it by the name of the precision
+        assumes.setdefault("number_bytes", 2 if "bf16" in str(assumes.get("precision")) else 4)
     plan = _build(Plan, body, source)
     assert isinstance(plan, Plan)
     return plan
