@@ -116,6 +116,23 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("key", ["plan", "compare"])
+def test_a_plan_of_the_command_line_is_no_override(key: str) -> None:
+    with pytest.raises(moecompile.ConfigError, match=rf"^{key}=runs/mine: is for the command line\. Read it by "):
+        moecompile.make_plan(mlp(), [f"{key}=runs/mine"], example=X)
+
+
+def test_a_device_mesh_is_for_sharding() -> None:
+    with pytest.raises(moecompile.ConfigError, match=r"^device_mesh=.*: is for until=shard, not lower\. Leave it out"):
+        moecompile.compile_model(mlp(), example=X, device_mesh=object())
+
+
+def test_a_plan_is_saved_and_read_by_a_path_or_its_text(tmp_path: Path) -> None:
+    plan = a_plan()
+    moecompile.plan.save(plan, str(tmp_path / "plan.yaml"))
+    assert moecompile.plan.load(str(tmp_path / "plan.yaml")) == moecompile.plan.load(tmp_path / "plan.yaml") == plan
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_argument_of_another_kind(name: str) -> None:
     call, message = CASES[name]

@@ -119,6 +119,7 @@ def make_plan(
         example: as for `compile_model`.
     """
     check_model(model_or_graph, "model_or_graph")
+    _check_new(model_or_graph, "model_or_graph")
     config = _config(overrides)
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
         return new_plan(model_or_graph, list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
@@ -140,6 +141,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         PlanError: a planned site is not in the graph.
     """
     check_graph(graph_module)
+    _check_new(graph_module, "graph_module")
     if not isinstance(overrides_or_plan, Plan):
         check_overrides(overrides_or_plan, "overrides_or_plan")
     source = copy.deepcopy(graph_module)
@@ -268,12 +270,19 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
         check_plan(plan)
     if until not in ("rewrite", "lower", "shard"):
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
-    if any(hasattr(module, _PLAN) for module in model.modules()):
-        raise PlanError("model", type(model).__name__, "is compiled already", "Compile a freshly built model")
+    _check_new(model, "model")
+    if device_mesh is not None and until != "shard":
+        raise ConfigError("device_mesh", device_mesh, f"is for until=shard, not {until}", "Leave it out, or use shard")
     if until == "shard" and device_mesh is None and not dist.is_initialized():
         raise ConfigError(
             "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
         )
+
+
+def _check_new(model: nn.Module, name: str) -> None:
+    """Refuses a model that is compiled already."""
+    if any(hasattr(module, _PLAN) for module in model.modules()):
+        raise PlanError(name, type(model).__name__, "is compiled already", "Give a freshly built model")
 
 
 def _planned(
@@ -312,6 +321,16 @@ def new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, fac
 
 def _config(overrides: Sequence[str] | Config) -> Config:
     check_overrides(overrides)
-    config = overrides if isinstance(overrides, Config) else compose_config(list(overrides))
+    config = overrides if isinstance(overrides, Config) else _composed(list(overrides))
     load_plugins(config.plugins)
+    return config
+
+
+def _composed(overrides: list[str]) -> Config:
+    config = compose_config(overrides)
+    for key in ("plan", "compare"):  # tasks of the command line read them
+        if (path := getattr(config, key)) is not None:
+            raise ConfigError(
+                key, path, "is for the command line", "Read it by moecompile.plan.load(path), and give it as plan=..."
+            )
     return config

@@ -64,12 +64,12 @@ def _plan_of(text: str, source: str) -> Plan:
     return plan
 
 
-def save(plan: Plan, path: Path) -> None:
+def save(plan: Plan, path: str | Path) -> None:
     """Writes `path` atomically."""
-    write_text(path, to_yaml(plan))
+    write_text(Path(path), to_yaml(plan))
 
 
-def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:
+def load(path: str | Path, *, named: Named = MappingProxyType({})) -> Plan:
     """Reads `path`, to compile a model by it.
 
     Args:
@@ -83,17 +83,17 @@ def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:
     return plan
 
 
-def read(path: Path) -> Plan:
+def read(path: str | Path) -> Plan:
     """Reads `path`, to look at it: what is compiled by it may be code that the file chose.
 
     Raises:
         PlanError: the file cannot be read, or is no plan.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError("plan", path, f"cannot be read: {error}", "Give the path of a plan.yaml") from error
-    return _plan_of(text, path.name)
+    return _plan_of(text, Path(path).name)
 
 
 def _refuse_unnamed(plan: Plan, named: Named, source: str | Path) -> None:
