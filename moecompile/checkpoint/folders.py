@@ -31,6 +31,8 @@ from moecompile.errors import ConfigError
 # read. It is not a signature: whoever can write to the folder can also change the checksums. Needs no torch.
 
 SUMS = "checksums.json"
+INDEX = ".metadata"
+"""The index of DCP."""
 _PLAN = "plan.yaml"
 _BLOCK = 2**22
 
@@ -229,7 +231,13 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
 
     An older folder at `path` stays until the new one is complete and on disk. If a rank fails, nothing is renamed. If
     it is killed at any moment, `whole` finds the older one or the new one.
+
+    Raises:
+        ConfigError: on all ranks: a folder at `path` holds something that is of no checkpoint.
     """
+    if strays := _strays(path):
+        rule = f"holds {strays[0]}, which is of no checkpoint, and a save would remove the folder"
+        raise ConfigError("filepath", path, rule, "Save under another name")
     tmp, old = unfinished(path), _older(path)
     if is_first_rank:
         if whole(path) == old:  # killed between the two renames
@@ -246,6 +254,18 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
         if old.exists():
             _remove(old.rename(tmp))  # so that one that is half removed is not taken for a whole one
     barrier()
+
+
+def _strays(path: Path) -> list[str]:
+    """Names in a folder that are of no checkpoint; a file at `path` is replaced as by any save."""
+    names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    try:
+        known = {SUMS, *_read(path)} & names
+    except (OSError, ValueError):
+        known = {SUMS}
+    if known <= {SUMS} and INDEX in names:  # of version 0.1.0, or damaged
+        known = {name for name in names if (path / name).is_file()}
+    return sorted(names - known)
 
 
 def whole(path: Path) -> Path:

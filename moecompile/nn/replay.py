@@ -57,7 +57,9 @@ class Routes:
         """
         recorded = min((len(self.ids[layer.path]) for layer in self.layers), default=0)
         if not -recorded <= forward < recorded:
-            raise MoecompileError(f"forward {forward} is not recorded: there are {recorded}, in {len(self.layers)} layers")
+            raise MoecompileError(
+                f"forward {forward} is not recorded: there are {recorded}, in {len(self.layers)} layers"
+            )
         chosen = [self.ids[layer.path][forward] for layer in self.layers]
         if len({ids.shape for ids in chosen}) > 1:
             raise MoecompileError(f"layers differ in tokens or top-k: {[tuple(ids.shape) for ids in chosen]}")

@@ -112,7 +112,8 @@ def left_notes(plan: Plan, sites: Sequence[PlannedSite]) -> list[str]:
     if not left:
         return []
     shown = ", ".join(left[:_SHOWN]) + ", ..." * (len(left) > _SHOWN)
-    return [f"the plan has {len(planned)} of the model's {len(sites)} layers to rewrite; it leaves as they are: {shown}"]
+    count = f"{len(planned)} of the model's {len(sites)} layers to rewrite"
+    return [f"the plan has {count}; it leaves as they are: {shown}"]
 
 
 def _check_adapters(config: Config, plan: Plan) -> None:

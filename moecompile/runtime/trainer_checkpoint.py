@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from moecompile import plan as plans
-from moecompile.checkpoint.folders import PLAN, check, whole_folder
+from moecompile.checkpoint.folders import PLAN, STATE, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, write_tensors, written
 from moecompile.errors import PlanError
@@ -71,10 +71,16 @@ def load(
         to be fitted (`fit_scheduler`).
 
     Raises:
-        PlanError: entries are missing or have other shapes, a parameter group has weights with several settings,
-            something beside tensors has a class of its own, or training goes on from weights alone.
+        ConfigError: files are damaged.
+        PlanError: it is no such folder, entries are missing or have other shapes, a parameter group has weights with
+            several settings, something beside tensors has a class of its own, or training goes on from weights alone.
     """
     check(path, [LIGHTNING, PLAN], key="ckpt_path")
+    if not (path / LIGHTNING).is_file():
+        rule = "is not what a Trainer with ExpertParallelStrategy saved" + (
+            "; it is of task=train, which reads it by trainer.resume" if (path / STATE).is_file() else ""
+        )
+        raise PlanError("ckpt_path", path, rule, "Give a folder of trainer.save_checkpoint or of ModelCheckpoint")
     rest = _beside_tensors(path)
     if goes_on and "optimizer_states" not in rest:
         raise PlanError(

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import moecompile
 from moecompile.errors import ConfigError, PlanError, UserError
 from moecompile.mesh import MeshSpec
+from moecompile.runtime.converted import reading_of
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights
+from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights, load
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -456,7 +457,9 @@ def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
 def test_weights_that_were_saved_alone_are_validated_and_begun_with(results: list[dict[str, Any]]) -> None:
     for result in results:
         said, (saved, begun, trained) = result["alone"]
-        assert said.startswith("ckpt_path=") and "alone: holds weights alone (weights_only), and fit goes on with" in said
+        assert (
+            said.startswith("ckpt_path=") and "alone: holds weights alone (weights_only), and fit goes on with" in said
+        )
         assert worst(begun, saved)[0] == 0.0 < worst(trained, saved)[0]
 
 
@@ -529,6 +532,23 @@ def test_classes_beside_tensors_are_named_and_can_be_allowed(tmp_path: Path) -> 
     )
     with torch.serialization.safe_globals([PurePosixPath]):
         assert _beside_tensors(tmp_path)["epoch"] == 3
+
+
+def test_another_model_is_told_by_the_argument() -> None:
+    with pytest.raises(PlanError, match=r"^ckpt_path=a: the checkpoint does not fit this run: model\.weight: missing"):
+        reading_of(Path("a"), nn.Linear(1, 1), [], {"model.weight": torch.zeros(1)}, {}, key="ckpt_path")
+
+
+@pytest.mark.parametrize(
+    ("made", "more"), [(["a/other.txt"], ""), (["a/state.json"], "; it is of task=train, which reads it by"), ([], "")]
+)
+def test_what_no_trainer_saved_is_told(made: list[str], more: str, tmp_path: Path) -> None:
+    for name in made:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    said = rf"^ckpt_path={tmp_path}/a: is not what a Trainer with ExpertParallelStrategy saved{more}"
+    with pytest.raises(PlanError, match=said):
+        load(tmp_path / "a", nn.Linear(1, 1), [])
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:

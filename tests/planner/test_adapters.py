@@ -103,6 +103,8 @@ def test_dense_ffns_and_experts_that_are_modules_are_refused() -> None:
 
 def test_experts_of_a_form_without_adapters_are_refused_where_they_would_get_some() -> None:
     facts = replace(FACTS, no_adapters={SITE.fqn: "are one matrix per projection"})
-    with pytest.raises(ConfigError, match=r"^adapters\.experts=\*: the experts of layers\.0\.mlp\.experts are one matrix"):
+    with pytest.raises(
+        ConfigError, match=r"^adapters\.experts=\*: the experts of layers\.0\.mlp\.experts are one matrix"
+    ):
         build_plan([SITE], compose_config(LORA), facts)
     assert build_plan([SITE], compose_config([*LORA, "adapters.experts=null"]), facts).layers[0].adapters is None

@@ -183,13 +183,22 @@ def _nothing(*_: object) -> None:
         ({"steps": 1.5}, r"steps=1\.5: it must be at least 1"),
         ({"timeout_s": 0}, r"timeout_s=0: it must be more than 0"),
         ({"build": Model()}, r"build=Model: it must be a function"),
-        ({"build": _nothing}, r"build=NoneType: it must return a torch\.nn\.Module, or a moecompile\.Parallel with one"),
+        (
+            {"build": _nothing},
+            r"build=NoneType: it must return a torch\.nn\.Module, or a moecompile\.Parallel with one",
+        ),
         ({"parallelize": _nothing}, r"parallelize=NoneType: it must return a torch\.nn\.Module"),
         ({"loss": lambda module, batch: torch.ones(2)}, r"loss=\(2,\): it must return a scalar"),
     ],
 )
 def test_arguments_that_break_a_rule(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    arguments = {"build": _model, "parallelize": lambda model, mesh: model, "batch": tokens, "mesh": {"ep": 1}, **changes}
+    arguments = {
+        "build": _model,
+        "parallelize": lambda model, mesh: model,
+        "batch": tokens,
+        "mesh": {"ep": 1},
+        **changes,
+    }
     with one_rank(tmp_path), pytest.raises(ArgumentError, match=f"^{message}"):
         certify(**arguments, recompute=False)
 
@@ -208,7 +217,7 @@ def test_functions_of_a_session_without_a_file_are_told(file: str | None, monkey
 
 
 def test_a_mistake_on_a_rank_that_was_started_is_raised_as_it_is() -> None:
-    with pytest.raises(ArgumentError, match="^parallelize=NoneType: it must return") as caught:
+    with pytest.raises(ArgumentError, match=r"^parallelize=NoneType: it must return") as caught:
         certify(_model, _nothing, tokens, {"ep": 1}, recompute=False)
     assert caught.value.__cause__ is None
 
