@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("key", ["plan", "compare"])
 def test_a_plan_of_the_command_line_is_no_override(key: str) -> None:
-    with pytest.raises(moecompile.ConfigError, match=rf"^{key}=runs/mine: is for the command line\. Read it by "):
+    with pytest.raises(moecompile.ConfigError, match=rf"^{key}=runs/mine: is for the command line\. Leave it out; "):
         moecompile.make_plan(mlp(), [f"{key}=runs/mine"], example=X)
 
 

@@ -5,7 +5,7 @@
     RUN/checkpoints/step-30.tmp/   being written, or interrupted
     RUN/checkpoints/latest         a link to the newest complete one
     RUN/replaced-1/                a run directory with the checkpoints after the one from which a later run went on
-    ANY.old                        what a folder of a Trainer's replaces, for the moment between two renames
+    .ANY.old                       what a folder of a Trainer's replaces, for the moment between two renames
 
 Every rank writes its shards into a `.tmp`; all else is rank 0's. DCP alone does not ensure that a checkpoint is whole:
 a save that is killed while it overwrites an older one can load as a mix of both.
@@ -280,7 +280,7 @@ def unfinished(path: Path) -> Path:
 
 def _older(path: Path) -> Path:
     """The name of what was at `path` while a new folder takes its place."""
-    return path.with_name(path.name + ".old")
+    return path.with_name(f".{path.name}.old")  # not `last.ckpt.old`, which may be a copy of the user's
 
 
 def _remove(path: Path) -> None:

@@ -330,7 +330,6 @@ def _composed(overrides: list[str]) -> Config:
     config = compose_config(overrides)
     for key in ("plan", "compare"):  # tasks of the command line read them
         if (path := getattr(config, key)) is not None:
-            raise ConfigError(
-                key, path, "is for the command line", "Read it by moecompile.plan.load(path), and give it as plan=..."
-            )
+            fix = "Leave it out; moecompile.plan.load(path) reads one, for compile_model and transform"
+            raise ConfigError(key, path, "is for the command line", fix)
     return config

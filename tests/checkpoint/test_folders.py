@@ -173,3 +173,11 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
     (path / folders.INDEX).touch()
     _save(path)
     assert names(path) == [folders.SUMS, "one"]
+
+
+def test_a_copy_of_the_user_beside_a_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    _save(path)
+    shutil.copytree(path, tmp_path / "last.ckpt.old")
+    _save(path)
+    assert names(tmp_path) == ["last.ckpt", "last.ckpt.old"]
