@@ -257,13 +257,16 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
 
 
 def _strays(path: Path) -> list[str]:
-    """Names in a folder that are of no checkpoint; a file at `path` is replaced as by any save."""
-    names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    """Names in a folder that are of no checkpoint, without hidden files, which systems leave (.DS_Store, .nfs0001). A
+    file at `path` is replaced as by any save.
+    """
+    found = list(path.iterdir()) if path.is_dir() else []
+    names = {each.name for each in found if each.is_dir() or not each.name.startswith(".")}
     try:
         known = {SUMS, *_read(path)} & names
     except (OSError, ValueError):
         known = {SUMS}
-    if known <= {SUMS} and INDEX in names:  # of version 0.1.0, or damaged
+    if known <= {SUMS} and (path / INDEX).is_file():  # of version 0.1.0, or damaged
         known = {name for name in names if (path / name).is_file()}
     return sorted(names - known)
 

@@ -172,6 +172,8 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
         _save(path)
     (path / folders.INDEX).touch()
     _save(path)
+    (path / ".DS_Store").touch()
+    _save(path)
     assert names(path) == [folders.SUMS, "one"]
 
 
