@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moecompile.arguments import check_example, check_graph, check_model, check_overrides, check_plan
+from moecompile.arguments import check_device_mesh, check_example, check_graph, check_model, check_overrides, check_plan
 from moecompile.capture import Example, is_meta, replace_regions
 from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
@@ -38,7 +38,7 @@ from moecompile.passes.run import (
     run_passes,
 )
 from moecompile.passes.same_weights import check_same_weights
-from moecompile.passes.shard import device_mesh_of
+from moecompile.passes.shard import check_sizes, device_mesh_of
 from moecompile.passes.trained import frozen_notes, trained_notes
 from moecompile.pipeline.captured import capture_planned, planning_facts, repeated_notes
 from moecompile.pipeline.facts import facts_of
@@ -220,6 +220,8 @@ def _compiled(
         check_stages(model, plan.pipeline, example)
     if until == "shard" and plan.pipeline is not None:
         raise ConfigError("until", until, "a pipeline is run by ExpertParallelStrategy", "Use lower")
+    if until == "shard":
+        _check_ranks(plan, device_mesh)
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
@@ -254,6 +256,18 @@ def _compiled(
     return done
 
 
+def _check_ranks(plan: Plan, device_mesh: DeviceMesh | None) -> None:
+    """Checks that the model can be sharded here, before it is changed."""
+    if device_mesh is not None:
+        check_sizes(device_mesh, plan.mesh)
+    elif (started := dist.get_world_size()) != plan.mesh.world_size:
+        raise PlanError(
+            "mesh", f"{plan.mesh.num_nodes} x {plan.mesh.ranks_per_node}",
+            f"the plan is for {plan.mesh.world_size} ranks, the process group has {started}",
+            "Change mesh.num_nodes and mesh.ranks_per_node, or start as many ranks",
+        )  # fmt: skip
+
+
 def _log_lookups(log: Log, readers: Mapping[str, Region], model: nn.Module, plan: Plan) -> None:
     """Adds the graphs of lookups to those that are shown."""
     before = {each.module: readers[each.module] for each in plan.lookups}
@@ -271,6 +285,8 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
     if until not in ("rewrite", "lower", "shard"):
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
     _check_new(model, "model")
+    if device_mesh is not None:
+        check_device_mesh(device_mesh)
     if device_mesh is not None and until != "shard":
         raise ConfigError("device_mesh", device_mesh, f"is for until=shard, not {until}", "Leave it out, or use shard")
     if until == "shard" and device_mesh is None and not dist.is_initialized():

@@ -526,7 +526,7 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
     match, layers = selection(config) if only_existing(sites) else (config.experts.match, config.experts.layers)
     matched = [site for site in sites if fnmatchcase(site.fqn, match)]
     if sites and not matched:
-        known = ", ".join(site.fqn for site in sites[:3])
+        known = ", ".join(site.fqn or "the graph" for site in sites[:3])
         raise ConfigError(
             "experts.match",
             match,
@@ -628,7 +628,8 @@ def _by_backend(layer: LayerPlan, settings: LayerSettings, config: Config) -> La
     if not layer.fused:
         raise ConfigError(
             settings.path_of("experts.backend"), backend, "computes SwiGLU experts without biases, from rows that were "
-            f"sent once to a rank: not those of {layer.site.fqn} with dispatch.kind={layer.dispatch.kind}",
+            f"sent once to a rank: not those of {layer.site.fqn or 'the graph'} with "
+            f"dispatch.kind={layer.dispatch.kind}",
             "Use null, or another dispatch.kind than flat",
         )  # fmt: skip
     rule = f"experts.backend={backend} computes the experts of its own rank"
