@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from moecompile.errors import ArgumentError
 from moecompile.plan import Plan
@@ -58,6 +59,17 @@ def check_plan(value: Any, name: str = "plan") -> None:
         raise ArgumentError(name, os.fspath(value), "must be a moecompile.Plan, not a path", _LOAD_PLAN)
     fix = "Make one with moecompile.make_plan" + ("; overrides=... takes the list" if _is_list(value) else "")
     raise ArgumentError(name, _kind(value), "must be a moecompile.Plan", fix)
+
+
+def check_device_mesh(value: Any) -> None:
+    """Checks that `value` is a device mesh.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if not isinstance(value, DeviceMesh):
+        fix = "Make it by moecompile.device_mesh_of(plan.mesh, device_type)"
+        raise ArgumentError("device_mesh", _kind(value), "must be a torch DeviceMesh", fix)
 
 
 def check_example(value: Any) -> None:

@@ -6,6 +6,7 @@ nothing else; only a killed process leaves its `.NAME.XXXXXXXX.tmp`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 
 UNFINISHED = ".tmp"
 """Suffix of what is being written, or whose writing was interrupted."""
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+"""What the file system says of a place that cannot be written."""
 
 
 @contextmanager

@@ -214,9 +214,16 @@ def job_command(overrides: Sequence[str], run_dir: Path, task: str, python: str)
     return [*_command(python, [f"task={task}", *kept], run_dir), *([] if resumes else ["trainer.resume=auto"])]
 
 
+_FOLDER_FLAGS = ("--config-dir", "-cd")  # the next word is a folder, whatever is in its name
+
+
 def _command(python: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
     words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
-    flags = [word for word in words if word.startswith("-") or "=" not in word]
+    flags = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before in _FOLDER_FLAGS or word.startswith("-") or not ("=" in word or word.startswith("~"))
+    ]
     kept = _without(overrides, "hydra.run.dir")
     return [python, "-m", "moecompile", *flags, *kept, f"hydra.run.dir={_quoted(run_dir)}"]
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import moecompile
 from moecompile.compose import compose_config
+from tests.tiny import one_rank
 
 X = torch.zeros(1, 8)
 
@@ -104,6 +106,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: moecompile.shard(mlp(), Path("p.yaml"), None),
         "plan=p.yaml: must be a moecompile.Plan, not a path.",
     ),
+    "no device mesh to shard on": (
+        lambda: moecompile.shard(mlp(), a_plan(), None),
+        "device_mesh=NoneType: must be a torch DeviceMesh. Make it by moecompile.device_mesh_of(plan.mesh, device_type).",
+    ),
     "overrides beside a plan": (
         lambda: moecompile.compile_model(mlp(), ["routing.top_k=1", "seed=3"], plan=a_plan(), example=X),
         f"overrides=routing.top_k=1: would make another plan than the given one ({a_plan().hash}), which decides. Leave "
@@ -114,6 +120,34 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         "overrides=mesh=cpu_1x2: would make another plan",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["plan", "compare"])
+def test_a_plan_of_the_command_line_is_no_override(key: str) -> None:
+    with pytest.raises(moecompile.ConfigError, match=rf"^{key}=runs/mine: is for the command line\. Leave it out; "):
+        moecompile.make_plan(mlp(), [f"{key}=runs/mine"], example=X)
+
+
+def test_ranks_and_a_device_mesh_must_be_those_of_the_plan_before_anything_changes(tmp_path: Path) -> None:
+    def refused(message: str, *overrides: str, until: str = "shard", **given: Any) -> None:
+        model = nn.Sequential(nn.LayerNorm(8), mlp())
+        before = list(model.state_dict())
+        with pytest.raises(moecompile.ConfigError, match=f"^{message}"):
+            moecompile.compile_model(model, list(overrides), example=X, until=until, **given)
+        assert list(model.state_dict()) == before
+
+    with one_rank(tmp_path):
+        other = init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+        refused(r"mesh=1 x 2: the plan is for 2 ranks, the process group has 1\. Change", "mesh.ranks_per_node=2")
+        refused(r"mesh\.dp_replicate=1: the device mesh has no such axis, but dp\. Make it", device_mesh=other)
+        refused(r"device_mesh=str: must be a torch DeviceMesh\. Make it", device_mesh="cpu")
+        refused(r"device_mesh=.*: is for until=shard, not lower\. Leave it out", until="lower", device_mesh=other)
+
+
+def test_a_plan_is_saved_and_read_by_a_path_or_its_text(tmp_path: Path) -> None:
+    plan = a_plan()
+    moecompile.plan.save(plan, str(tmp_path / "plan.yaml"))
+    assert moecompile.plan.load(str(tmp_path / "plan.yaml")) == moecompile.plan.load(tmp_path / "plan.yaml") == plan
 
 
 @pytest.mark.parametrize("name", CASES)

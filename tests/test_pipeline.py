@@ -391,9 +391,19 @@ def test_when_the_whole_model_is_one_ffn_its_graph_is_returned(build: Callable[[
 
 def test_a_compiled_model_cannot_be_compiled_again() -> None:
     model = moecompile.compile_model(TinyGPT(), DEEPSEEK, example=ids())
-    with pytest.raises(PlanError, match=r"^model=TinyGPT: is compiled already\. Compile a freshly built model\.$"):
+    with pytest.raises(PlanError, match=r"^model=TinyGPT: is compiled already\. Give a freshly built model\.$"):
         moecompile.compile_model(model, COPY, example=ids())
+    with pytest.raises(PlanError, match=r"^model_or_graph=TinyGPT: is compiled already"):
+        moecompile.make_plan(model, COPY, example=ids())
     assert len(moecompile.plan_of(model).layers) == 2
+
+
+def test_a_transformed_graph_is_neither_planned_nor_transformed_again() -> None:
+    moe = moecompile.transform(fx.symbolic_trace(UpDown()), COPY)
+    for name, call in (("model_or_graph", moecompile.make_plan), ("graph_module", moecompile.transform)):
+        with pytest.raises(PlanError, match=rf"^{name}=GraphModule: is compiled already"):
+            call(moe, COPY)
+    assert len(moecompile.plan_of(moe).layers) == 1
 
 
 def test_a_module_with_two_names_is_replaced_under_both() -> None:

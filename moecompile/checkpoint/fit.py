@@ -52,7 +52,10 @@ def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], 
     _raise_if_any(listed, folder, fix)
 
 
-def check_entries(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def check_entries(
+    saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], folder: Path, *,
+    key: str = "trainer.resume",
+) -> None:  # fmt: skip
     """Checks that a checkpoint has exactly the entries (name -> shape) of a model.
 
     Raises:
@@ -63,7 +66,7 @@ def check_entries(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tupl
         ours, theirs = model.get(name), saved.get(name)
         if ours != theirs:
             differences.append(f"{name}: {_shape(theirs)} in the checkpoint, {_shape(ours)} here")
-    _raise_if_any(differences, folder, "Set these as they were, or start a new run")
+    _raise_if_any(differences, folder, "Set these as they were, or start a new run", key)
 
 
 def plan_differences(saved: Plan, plan: Plan) -> Iterator[tuple[str, Any, Any]]:
@@ -109,11 +112,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ..."
 
 
-def _raise_if_any(differences: list[str], folder: Path, fix: str) -> None:
+def _raise_if_any(differences: list[str], folder: Path, fix: str, key: str = "trainer.resume") -> None:
     if not differences:
         return
     more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    raise PlanError(
-        "trainer.resume", folder, f"the checkpoint does not fit this run: {'; '.join(differences[:_SHOWN])}{more}",
-        fix,
-    )  # fmt: skip
+    raise PlanError(key, folder, f"the checkpoint does not fit this run: {'; '.join(differences[:_SHOWN])}{more}", fix)

@@ -5,7 +5,7 @@
     RUN/checkpoints/step-30.tmp/   being written, or interrupted
     RUN/checkpoints/latest         a link to the newest complete one
     RUN/replaced-1/                a run directory with the checkpoints after the one from which a later run went on
-    ANY.old                        what a folder of a Trainer's replaces, for the moment between two renames
+    .ANY.old                       what a folder of a Trainer's replaces, for the moment between two renames
 
 Every rank writes its shards into a `.tmp`; all else is rank 0's. DCP alone does not ensure that a checkpoint is whole:
 a save that is killed while it overwrites an older one can load as a mix of both.
@@ -31,6 +31,8 @@ from moecompile.errors import ConfigError
 # read. It is not a signature: whoever can write to the folder can also change the checksums. Needs no torch.
 
 SUMS = "checksums.json"
+INDEX = ".metadata"
+"""The index of DCP."""
 _PLAN = "plan.yaml"
 _BLOCK = 2**22
 
@@ -229,7 +231,13 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
 
     An older folder at `path` stays until the new one is complete and on disk. If a rank fails, nothing is renamed. If
     it is killed at any moment, `whole` finds the older one or the new one.
+
+    Raises:
+        ConfigError: on all ranks: a folder at `path` holds something that is of no checkpoint.
     """
+    if strays := _strays(path):
+        rule = f"holds {strays[0]}, which is of no checkpoint, and a save would remove the folder"
+        raise ConfigError("filepath", path, rule, "Save under another name")
     tmp, old = unfinished(path), _older(path)
     if is_first_rank:
         if whole(path) == old:  # killed between the two renames
@@ -248,6 +256,21 @@ def whole_folder(path: Path, *, is_first_rank: bool, barrier: Callable[[], objec
     barrier()
 
 
+def _strays(path: Path) -> list[str]:
+    """Names in a folder that are of no checkpoint, without hidden files, which systems leave (.DS_Store, .nfs0001). A
+    file at `path` is replaced as by any save.
+    """
+    found = list(path.iterdir()) if path.is_dir() else []
+    names = {each.name for each in found if each.is_dir() or not each.name.startswith(".")}
+    try:
+        known = {SUMS, *_read(path)} & names
+    except (OSError, ValueError):
+        known = {SUMS}
+    if known <= {SUMS} and (path / INDEX).is_file():  # of version 0.1.0, or damaged
+        known = {name for name in names if (path / name).is_file()}
+    return sorted(names - known)
+
+
 def whole(path: Path) -> Path:
     """`path`; or the older folder that a save was replacing when it was killed, where that is all there is."""
     return _older(path) if _older(path).exists() and not path.exists() else path
@@ -260,7 +283,7 @@ def unfinished(path: Path) -> Path:
 
 def _older(path: Path) -> Path:
     """The name of what was at `path` while a new folder takes its place."""
-    return path.with_name(path.name + ".old")
+    return path.with_name(f".{path.name}.old")  # not `last.ckpt.old`, which may be a copy of the user's
 
 
 def _remove(path: Path) -> None:

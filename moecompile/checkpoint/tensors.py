@@ -32,14 +32,12 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.folders import check, checkpoints_of, latest
+from moecompile.checkpoint.folders import INDEX, check, checkpoints_of, latest
 from moecompile.checkpoint.placed import BY_ID, LoadById, Orders, SaveById
 from moecompile.errors import ConfigError
 from moecompile.nn.stages import tied_names
 
-INDEX = ".metadata"
 _SHARD = ".distcp"
-
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import sys
 import traceback
@@ -17,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from moecompile import waiting
+from moecompile.atomic import UNWRITABLE
 from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.named_code import load_plugins
@@ -34,7 +34,6 @@ from moecompile.rundir import (
 from moecompile.schema import Config, validate
 
 FAILURES = "failures.txt"
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 def run_job(
@@ -90,7 +89,7 @@ def _in_directory(
 
 def report(error: Exception, *, debug: bool) -> int:
     """Prints one message, with the traceback if `debug` or if the error is a defect; returns the exit code."""
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
         error = UserError(
             f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
             "written, give another one: hydra.run.dir=FOLDER."

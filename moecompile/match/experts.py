@@ -242,6 +242,13 @@ class ExpertsMatch:
         """Whether two projections feed the activation."""
         return self.are_matrices or "gate_up_proj" in self.weights
 
+    @property
+    def no_adapters(self) -> str:
+        """Why stacked weights of these experts cannot have adapters; empty if they can."""
+        if self.are_matrices:
+            return "are one matrix per projection, which peft cannot adapt expert by expert"
+        return "have identity experts, whose unused rows peft would adapt too" if self.num_identity else ""
+
 
 def experts_call(arguments: Mapping[str, object]) -> ExpertsCall | None:
     """The call, if bound arguments are those of experts (step 1)."""

@@ -574,15 +574,18 @@ def graph_sites(graph_module: fx.GraphModule) -> dict[FFNSite, FFNMatch]:
     return sites
 
 
-def list_sites(captured: Captured, planned: Container[str]) -> list[Site]:
-    """Every site of the selected kind with its status, then sites of the other kind and everything that was refused."""
+def list_sites(captured: Captured, planned: Container[str], why: str) -> list[Site]:
+    """Every site of the selected kind with its status, then sites of the other kind and everything that was refused.
+
+    why: those that are not planned are not.
+    """
     matched = [
         Site(
             fqn=site.fqn,
             kind=site.kind,
             where=site.fqn or "the model",
             status="rewritten" if site.fqn in planned else "left",
-            reason="" if site.fqn in planned else "not selected by experts.match and experts.layers",
+            reason="" if site.fqn in planned else why,
         )
         for site in captured.sites
     ]

@@ -53,8 +53,13 @@ class Routes:
         """One forward's choices as (T, L, K), as serving systems return them.
 
         Raises:
-            MoecompileError: the layers' top-k or numbers of tokens differ.
+            MoecompileError: there is no such forward, or the layers' top-k or numbers of tokens differ.
         """
+        recorded = min((len(self.ids[layer.path]) for layer in self.layers), default=0)
+        if not -recorded <= forward < recorded:
+            raise MoecompileError(
+                f"forward {forward} is not recorded: there are {recorded}, in {len(self.layers)} layers"
+            )
         chosen = [self.ids[layer.path][forward] for layer in self.layers]
         if len({ids.shape for ids in chosen}) > 1:
             raise MoecompileError(f"layers differ in tokens or top-k: {[tuple(ids.shape) for ids in chosen]}")
@@ -127,6 +132,8 @@ def _by_layer(layers: Sequence[ReplayLayer], ids: Tensor | Mapping[str, Tensor])
         if ids[layer.path].dim() not in (2, 3) or ids[layer.path].shape[-1] != layer.top_k:
             shape = tuple(ids[layer.path].shape)
             raise ArgumentError("ids", shape, f"must be (tokens, {layer.top_k}) for {layer.path}", "Give its top-k ids")
+        if (dtype := ids[layer.path].dtype).is_floating_point or dtype is torch.bool:
+            raise ArgumentError("ids", dtype, f"must be whole numbers for {layer.path}", "Give ids of experts")
     return dict(ids)
 
 

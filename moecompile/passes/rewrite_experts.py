@@ -127,23 +127,14 @@ def _experts(
     own = {name: _weight(module, name, match) for name in match.weights}
     if layer.adapters is None:
         return experts, own
-    _check_adapters(match, layer)
+    if match.no_adapters:  # of a plan that was written by hand
+        raise PlanError(
+            f"plan.layers[{layer.site.fqn}].adapters", list(layer.adapters.weights),
+            f"its experts {match.no_adapters}", "Use adapters: null, or plan again",
+        )  # fmt: skip
     new = expert_adapters(module, layer.adapters.weights, layer.adapters.rank, transposed=match.transposed)
     experts.adapt(list(new), layer.adapters.scale)
     return experts, own | new
-
-
-def _check_adapters(match: ExpertsMatch, layer: LayerPlan) -> None:
-    reason = None
-    if match.are_matrices:
-        reason = "are one matrix per projection, which peft cannot adapt expert by expert"
-    elif match.num_identity:
-        reason = "have identity experts, whose unused rows peft would adapt too"
-    if reason:
-        raise PlanError(
-            "adapters.experts", layer.adapters and layer.adapters.weights, f"the experts of {layer.site.fqn} {reason}",
-            "Use adapters.experts=null, or adapters=none",
-        )  # fmt: skip
 
 
 def _meter(module: nn.Module, layer: LayerPlan, match: ExpertsMatch) -> ExistingMeter:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moecompile import kept_groups
-from moecompile.arguments import check_model, check_plan
+from moecompile.arguments import check_device_mesh, check_model, check_plan
 from moecompile.capture import layers_of
 from moecompile.errors import MoecompileError, PassError, PlanError
 from moecompile.mesh import MeshSpec, Part, axes_that_split
@@ -67,6 +67,22 @@ def dense_mesh_of(mesh: MeshSpec, device_type: str) -> DeviceMesh:
     return kept_groups.device_mesh(device_type, mesh.dims(("dp_shard",)))
 
 
+def check_sizes(device_mesh: DeviceMesh, mesh: MeshSpec) -> None:
+    """Checks that a device mesh has the planned axes and sizes.
+
+    Raises:
+        PlanError: it does not.
+    """
+    names = device_mesh.mesh_dim_names or ()
+    for axis, size in mesh.expert_dims().items():
+        if axis not in names:
+            rule = f"the device mesh has no such axis, but {', '.join(names) or 'none with a name'}"
+            raise PlanError(f"mesh.{axis}", size, rule, "Make it by moecompile.device_mesh_of(plan.mesh, device_type)")
+        if (ranks := device_mesh[axis].size()) != size:
+            rule = f"the device mesh has {ranks} ranks there"
+            raise PlanError(f"mesh.{axis}", size, rule, "Plan for this device mesh")
+
+
 def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> nn.Module:
     """Shards a lowered model in place and returns it.
 
@@ -82,6 +98,7 @@ def shard(model: nn.Module, plan: Plan, device_mesh: DeviceMesh, param_dtype: to
     """
     check_model(model)
     check_plan(plan)
+    check_device_mesh(device_mesh)
     run_on_model([ShardModel(device_mesh=device_mesh, param_dtype=param_dtype)], model, plan)
     return model
 
@@ -101,12 +118,7 @@ class ShardModel(ModelPass):
         if plan.pipeline is not None and passage_of(model) is None:
             rule = "stages of a pipeline are run by ExpertParallelStrategy alone, with task=train and task=verify"
             raise PlanError("mesh.pp", plan.mesh.pp, rule, "Use mesh.pp=1")
-        for axis, size in plan.mesh.expert_dims().items():
-            ranks = self.device_mesh[axis].size()
-            if ranks != size:
-                raise PlanError(
-                    f"mesh.{axis}", size, f"the device mesh has {ranks} ranks there", "Plan for this device mesh"
-                )
+        check_sizes(self.device_mesh, plan.mesh)
         if plan.mesh.stage.world_size > 1:
             _check_all_layers_run(model)
         exchanges = Counter(op_name(node) for module in _graphs(model).values() for node in exchanges_of(module))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moecompile.arguments import check_example, check_graph, check_model, check_overrides, check_plan
+from moecompile.arguments import check_device_mesh, check_example, check_graph, check_model, check_overrides, check_plan
 from moecompile.capture import Example, is_meta, replace_regions
 from moecompile.compose import compose_config
 from moecompile.errors import ArgumentError, CaptureError, ConfigError, PlanError
@@ -38,7 +38,7 @@ from moecompile.passes.run import (
     run_passes,
 )
 from moecompile.passes.same_weights import check_same_weights
-from moecompile.passes.shard import device_mesh_of
+from moecompile.passes.shard import check_sizes, device_mesh_of
 from moecompile.passes.trained import frozen_notes, trained_notes
 from moecompile.pipeline.captured import capture_planned, planning_facts, repeated_notes
 from moecompile.pipeline.facts import facts_of
@@ -48,6 +48,7 @@ from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
+from moecompile.planner.given import left_notes
 from moecompile.planner.lookups import table_notes
 from moecompile.planner.search.chosen import choose_layout
 from moecompile.planner.search.remedies import with_remedies
@@ -118,6 +119,7 @@ def make_plan(
         example: as for `compile_model`.
     """
     check_model(model_or_graph, "model_or_graph")
+    _check_new(model_or_graph, "model_or_graph")
     config = _config(overrides)
     if isinstance(model_or_graph, fx.GraphModule) and example is None:
         return new_plan(model_or_graph, list(graph_sites(model_or_graph)), config, facts_of(model_or_graph))
@@ -139,6 +141,7 @@ def transform(graph_module: fx.GraphModule, overrides_or_plan: Sequence[str] | C
         PlanError: a planned site is not in the graph.
     """
     check_graph(graph_module)
+    _check_new(graph_module, "graph_module")
     if not isinstance(overrides_or_plan, Plan):
         check_overrides(overrides_or_plan, "overrides_or_plan")
     source = copy.deepcopy(graph_module)
@@ -212,18 +215,22 @@ def _compiled(
     config, log = _config(overrides), Log()
     captured = capture_planned(model, plan, config, example, log)
     facts = facts_of(model, example, captured, config.mesh)
-    plan = _planned(model, captured, overrides if plan else config, plan, facts)
+    given, plan = plan, _planned(model, captured, overrides if plan else config, plan, facts)
     if plan.pipeline is not None and not is_meta(model):
         check_stages(model, plan.pipeline, example)
     if until == "shard" and plan.pipeline is not None:
         raise ConfigError("until", until, "a pipeline is run by ExpertParallelStrategy", "Use lower")
+    if until == "shard":
+        _check_ranks(plan, device_mesh)
     layers = captured.planned(plan.layers)
     regions = {path: captured.regions[path] for path in layers}
     log.add("build_plan", regions, regions, f"{len(plan.layers)} layers planned, hash {plan.hash}")
     log.keep("captured", regions)
     done = Compilation(model=model, plan=plan, records=log.records, graphs=log.graphs)
-    done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers})
-    done.notes = [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
+    why = "not selected by experts.match and experts.layers" if given is None else "not in the given plan"
+    done.sites = list_sites(captured, {layer.site.fqn for layer in plan.layers}, why)
+    done.notes = [] if given is None else left_notes(given, captured.sites)
+    done.notes += [*notes(plan, config, facts.widened, facts.own_losses), *frozen_notes(model, plan)]
     done.notes += [*table_notes(facts, config), *repeated_notes(captured, plan)]
     done.regions = regions if is_meta(model) else {}  # otherwise they would keep the dense weights alive
 
@@ -249,6 +256,18 @@ def _compiled(
     return done
 
 
+def _check_ranks(plan: Plan, device_mesh: DeviceMesh | None) -> None:
+    """Checks that the model can be sharded here, before it is changed."""
+    if device_mesh is not None:
+        check_sizes(device_mesh, plan.mesh)
+    elif (started := dist.get_world_size()) != plan.mesh.world_size:
+        raise PlanError(
+            "mesh", f"{plan.mesh.num_nodes} x {plan.mesh.ranks_per_node}",
+            f"the plan is for {plan.mesh.world_size} ranks, the process group has {started}",
+            "Change mesh.num_nodes and mesh.ranks_per_node, or start as many ranks",
+        )  # fmt: skip
+
+
 def _log_lookups(log: Log, readers: Mapping[str, Region], model: nn.Module, plan: Plan) -> None:
     """Adds the graphs of lookups to those that are shown."""
     before = {each.module: readers[each.module] for each in plan.lookups}
@@ -265,12 +284,21 @@ def _check(model: nn.Module, example: Example, plan: Plan | None, device_mesh: D
         check_plan(plan)
     if until not in ("rewrite", "lower", "shard"):
         raise ConfigError("until", until, "must be rewrite, lower or shard", "Use one of these")
-    if any(hasattr(module, _PLAN) for module in model.modules()):
-        raise PlanError("model", type(model).__name__, "is compiled already", "Compile a freshly built model")
+    _check_new(model, "model")
+    if device_mesh is not None:
+        check_device_mesh(device_mesh)
+    if device_mesh is not None and until != "shard":
+        raise ConfigError("device_mesh", device_mesh, f"is for until=shard, not {until}", "Leave it out, or use shard")
     if until == "shard" and device_mesh is None and not dist.is_initialized():
         raise ConfigError(
             "until", until, "sharding needs a process group", "Call torch.distributed.init_process_group, or use lower"
         )
+
+
+def _check_new(model: nn.Module, name: str) -> None:
+    """Refuses a model that is compiled already."""
+    if any(hasattr(module, _PLAN) for module in model.modules()):
+        raise PlanError(name, type(model).__name__, "is compiled already", "Give a freshly built model")
 
 
 def _planned(
@@ -309,6 +337,15 @@ def new_plan(model: nn.Module, sites: Sequence[PlannedSite], config: Config, fac
 
 def _config(overrides: Sequence[str] | Config) -> Config:
     check_overrides(overrides)
-    config = overrides if isinstance(overrides, Config) else compose_config(list(overrides))
+    config = overrides if isinstance(overrides, Config) else _composed(list(overrides))
     load_plugins(config.plugins)
+    return config
+
+
+def _composed(overrides: list[str]) -> Config:
+    config = compose_config(overrides)
+    for key in ("plan", "compare"):  # tasks of the command line read them
+        if (path := getattr(config, key)) is not None:
+            fix = "Leave it out; moecompile.plan.load(path) reads one, for compile_model and transform"
+            raise ConfigError(key, path, "is for the command line", fix)
     return config

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from moecompile.capture import Example, layers_of
 from moecompile.match.boundaries import tokens_of
+from moecompile.match.experts import ExpertsMatch
 from moecompile.match.ffn import FFNMatch
 from moecompile.match.regions import Captured, Match, Region
 from moecompile.mesh import Part, axes_that_split
@@ -85,6 +86,7 @@ def facts_of(
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
+        no_adapters=_no_adapters(captured or Captured()),
         apart=apart,
         apart_frozen=frozen,
         apart_bytes=apart_bytes,
@@ -272,6 +274,12 @@ def _unmasked(model: nn.Module, masks: Mapping[str, Tensor], captured: Captured)
             if not fits or reads_no_tokens(model, path):
                 found.add(fqn)
     return frozenset(found)
+
+
+def _no_adapters(captured: Captured) -> dict[str, str]:
+    """`ModelFacts.no_adapters`."""
+    matches = [found for region in captured.regions.values() for found in region.matches.items()]
+    return {fqn: match.no_adapters for fqn, match in matches if isinstance(match, ExpertsMatch) and match.no_adapters}
 
 
 def _tokens(region: Region, match: Match) -> tuple[int, ...] | None:

@@ -55,18 +55,21 @@ def _plan_of(text: str, source: str) -> Plan:
     body.pop("hash", None)  # a plan may be edited by hand; its hash is computed again
     estimate = body.get("estimate")
     if isinstance(estimate, dict) and isinstance(fits := estimate.get("fits"), bool):  # of version 0.2.0
-        body["estimate"] = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
+        body["estimate"] = estimate = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
+    assumes = estimate.get("assumes") if isinstance(estimate, dict) else None
+    if isinstance(assumes, dict):  # version 0.2.0 knew it by the name of the precision
+        assumes.setdefault("number_bytes", 2 if "bf16" in str(assumes.get("precision")) else 4)
     plan = _build(Plan, body, source)
     assert isinstance(plan, Plan)
     return plan
 
 
-def save(plan: Plan, path: Path) -> None:
+def save(plan: Plan, path: str | Path) -> None:
     """Writes `path` atomically."""
-    write_text(path, to_yaml(plan))
+    write_text(Path(path), to_yaml(plan))
 
 
-def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:
+def load(path: str | Path, *, named: Named = MappingProxyType({})) -> Plan:
     """Reads `path`, to compile a model by it.
 
     Args:
@@ -80,17 +83,17 @@ def load(path: Path, *, named: Named = MappingProxyType({})) -> Plan:
     return plan
 
 
-def read(path: Path) -> Plan:
+def read(path: str | Path) -> Plan:
     """Reads `path`, to look at it: what is compiled by it may be code that the file chose.
 
     Raises:
         PlanError: the file cannot be read, or is no plan.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError("plan", path, f"cannot be read: {error}", "Give the path of a plan.yaml") from error
-    return _plan_of(text, path.name)
+    return _plan_of(text, Path(path).name)
 
 
 def _refuse_unnamed(plan: Plan, named: Named, source: str | Path) -> None:

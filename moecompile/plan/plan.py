@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -131,8 +130,8 @@ class Assumptions:
     """The assumptions of an estimate.
 
     hardware, memory_bytes: of one rank. tokens_per_rank: tokens of a micro-batch, in sequences of `seq_len`.
-    accumulation: micro-batches per rank and optimizer step. precision: of weights and arithmetic
-    (`fp32 on weights of 2 bytes`).
+    accumulation: micro-batches per rank and optimizer step. precision: of weights and arithmetic, for people.
+    number_bytes: of a number of a row that is sent as it is computed.
     """
 
     hardware: str
@@ -141,15 +140,8 @@ class Assumptions:
     seq_len: int
     accumulation: int
     precision: str
+    number_bytes: int
     optimizer: str
-
-    @property
-    def number_bytes(self) -> int:
-        """Of a number of a row that is sent as it is computed."""
-        if not self.precision.startswith("fp32"):
-            return 2
-        stored = re.search(r"on weights of (\d+) bytes", self.precision)
-        return int(stored[1]) if stored else 4
 
 
 FITS, IF_EVEN, TOO_LARGE = "yes", "if even", "no"

@@ -239,7 +239,8 @@ def _seconds(
 #
 # Algorithm:
 #   1. Refuse what adapters do not support: dense FFNs that become experts, and experts that are modules.
-#   2. Weights of experts whose path matches `adapters.experts`. Such a layer is not fused: that op has no adapters.
+#   2. Weights of experts whose path matches `adapters.experts`, which must be of a form that can have adapters. Such a
+#      layer is not fused: that op has no adapters.
 #   3. Linears whose path matches `adapters.dense`, but no routers.
 #   4. A pattern that matches nothing is an error. So is a correction bias that follows the load of a frozen router.
 
@@ -262,7 +263,7 @@ def plan_adapters(
         rule, fix = f"adapters are not split over {axis}", f"Use mesh.{axis}=1, or adapters=none"
         raise ConfigError(f"mesh.{axis}", mesh.size(axis), rule, fix)
     _check_sites(layers)  # Step 1
-    adapted = tuple(_with_adapters(layer, config) for layer in layers)  # Step 2
+    adapted = tuple(_with_adapters(layer, config, facts) for layer in layers)  # Step 2
     known = [f"{layer.site.fqn}.{name}" for layer in layers for name in _weights(layer)]
     if chosen.experts is not None and not any(layer.adapters for layer in adapted):
         raise _no_match("adapters.experts", chosen.experts, "weights of experts", known)
@@ -306,12 +307,17 @@ def _weights(layer: LayerPlan) -> Iterator[str]:
     yield "down_proj"
 
 
-def _with_adapters(layer: LayerPlan, config: Config) -> LayerPlan:
+def _with_adapters(layer: LayerPlan, config: Config, facts: ModelFacts) -> LayerPlan:
     chosen = config.adapters
     pattern = chosen.experts
     names = [n for n in _weights(layer) if pattern is not None and fnmatchcase(f"{layer.site.fqn}.{n}", pattern)]
     if not names:
         return layer
+    if reason := facts.no_adapters.get(layer.site.fqn):
+        raise ConfigError(
+            "adapters.experts", pattern, f"the experts of {layer.site.fqn} {reason}",
+            "Use adapters.experts=null, or adapters=none",
+        )  # fmt: skip
     adapters = ExpertAdapters(rank=chosen.rank, alpha=float(chosen.alpha), weights=tuple(names))
     dispatch = not_lent(layer.dispatch, config, "experts with adapters are not lent", "adapters.experts=null")
     return replace(layer, adapters=adapters, fused=False, dispatch=dispatch)
@@ -520,7 +526,7 @@ def select(sites: Sequence[PlannedSite], config: Config) -> list[PlannedSite]:
     match, layers = selection(config) if only_existing(sites) else (config.experts.match, config.experts.layers)
     matched = [site for site in sites if fnmatchcase(site.fqn, match)]
     if sites and not matched:
-        known = ", ".join(site.fqn for site in sites[:3])
+        known = ", ".join(site.fqn or "the graph" for site in sites[:3])
         raise ConfigError(
             "experts.match",
             match,
@@ -622,7 +628,8 @@ def _by_backend(layer: LayerPlan, settings: LayerSettings, config: Config) -> La
     if not layer.fused:
         raise ConfigError(
             settings.path_of("experts.backend"), backend, "computes SwiGLU experts without biases, from rows that were "
-            f"sent once to a rank: not those of {layer.site.fqn} with dispatch.kind={layer.dispatch.kind}",
+            f"sent once to a rank: not those of {layer.site.fqn or 'the graph'} with "
+            f"dispatch.kind={layer.dispatch.kind}",
             "Use null, or another dispatch.kind than flat",
         )  # fmt: skip
     rule = f"experts.backend={backend} computes the experts of its own rank"

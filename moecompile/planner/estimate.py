@@ -77,6 +77,7 @@ def estimate(
             seq_len=run.tokens_per_rank * mesh.size(Part.SEQUENCE) // run.micro_batch_size,
             accumulation=run.accumulation,
             precision=run.precision,
+            number_bytes=run.compute_bytes,
             optimizer=_optimizer_text(run.optimizer),
         ),
         lending=lending(layers, run),

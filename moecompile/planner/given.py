@@ -11,7 +11,7 @@ Algorithm:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any
 from moecompile.errors import ConfigError
 from moecompile.mesh import MeshSpec
 from moecompile.named_code import named_in
-from moecompile.plan import ExpertsSite, LayerPlan, Plan, load
+from moecompile.plan import ExpertsSite, LayerPlan, Plan, PlannedSite, load
 from moecompile.routing import LOSSES, BalanceRule
 from moecompile.schema import AdapterKind, Checkpointing, Config, Gather, Reduce, TaskName
 
 FILE = "plan.yaml"
+_SHOWN = 3  # names of layers in a note
 _TASKS = (TaskName.plan, TaskName.rehearse, TaskName.compile, TaskName.train)
 _GROUPS = ("mesh", "dispatch", "experts", "routing", "balance", "adapters", "per_layer")
 _LOSSES = "balance.losses."
@@ -102,6 +103,17 @@ def scheduled(config: Config, plan: Plan) -> Config:
             )  # fmt: skip
         trainer = replace(trainer, checkpointing=Checkpointing.budget)
     return replace(config, trainer=trainer)
+
+
+def left_notes(plan: Plan, sites: Sequence[PlannedSite]) -> list[str]:
+    """A note of what a given plan leaves as it is, of the model's sites of its kind."""
+    planned = {layer.site.fqn for layer in plan.layers}
+    left = [site.fqn for site in sites if site.fqn not in planned]
+    if not left:
+        return []
+    shown = ", ".join(left[:_SHOWN]) + ", ..." * (len(left) > _SHOWN)
+    count = f"{len(planned)} of the model's {len(sites)} layers to rewrite"
+    return [f"the plan has {count}; it leaves as they are: {shown}"]
 
 
 def _check_adapters(config: Config, plan: Plan) -> None:

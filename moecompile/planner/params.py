@@ -51,12 +51,13 @@ class ModelFacts:
     stream, by the model's config (0: unknown). kept: what its layers keep for backward; None: unknown. ffn_numbers:
     where that is unknown, what a dense FFN keeps, numbers per token (0: as the widest of the planned sites, of which a
     stage may have none). widened: what was done to make it of a model with fewer experts, empty for other models.
-    own_losses: coefficients of the losses of its own routers, by their names in the model's config. apart,
-    apart_frozen: trained and frozen parameters of another dtype than most of these, which FSDP leaves whole on every
-    rank; apart_bytes: per element of them. weights: all others, added up by their dim 0, along which FSDP cuts them;
-    empty if they are unknown. layers: what backward can compute again of each layer; empty for a bare graph. cut: how
-    it can be cut into stages, where mesh.pp asks for it. tables: embedding tables; spread: those whose rows are spread
-    over ranks, which nothing else here counts, once they are planned.
+    own_losses: coefficients of the losses of its own routers, by their names in the model's config. no_adapters: site
+    -> why the weights of its experts cannot have adapters. apart, apart_frozen: trained and frozen parameters of
+    another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them. weights:
+    all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown. layers: what backward
+    can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages, where mesh.pp asks for
+    it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing else here counts, once
+    they are planned.
     """
 
     params_total: int
@@ -82,6 +83,7 @@ class ModelFacts:
     no_context: str = "the plan is made of a graph, which does not say what its attention is"
     widened: str = ""
     own_losses: Mapping[str, float] = field(default_factory=dict)
+    no_adapters: Mapping[str, str] = field(default_factory=dict)
     apart: int = 0
     apart_frozen: int = 0
     apart_bytes: int = FP32_BYTES

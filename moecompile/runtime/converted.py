@@ -86,7 +86,7 @@ def reading_of(
     for name in [name for name in ours.keys() ^ theirs.keys() if _may_differ(name, ours, theirs)]:
         for entries in (ours, theirs, reading.tensors):
             entries.pop(name, None)
-    check_entries(theirs, ours, folder)
+    check_entries(theirs, ours, folder, key=key)
     return reading
 
 

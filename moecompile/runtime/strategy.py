@@ -297,13 +297,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Reads such a folder, written on any mesh; no code in it is run.
 
         Raises:
-            PlanError: entries are missing or have other shapes, a parameter group has weights with several settings, or
-                something beside tensors has a class of its own.
+            PlanError: entries are missing or have other shapes, a parameter group has weights with several settings,
+                something beside tensors has a class of its own, or `fit` goes on from weights alone.
         """
-        assert self.model is not None
+        assert self.model is not None and self.lightning_module is not None
+        goes_on = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         path = Path(self.broadcast(whole(Path(checkpoint_path))))
         with nullcontext() if self._guard is None else self._guard.pause():  # it makes steps with zeros
-            found, are_same = trainer_checkpoint.load(path, self.model, self.optimizers, self.groups.stages)
+            found, are_same = trainer_checkpoint.load(
+                path, self.model, self.optimizers, self.groups.stages, goes_on=goes_on
+            )
         for config, state in zip(self.lr_scheduler_configs, found.get("lr_schedulers", ()), strict=False):
             if not are_same:
                 trainer_checkpoint.fit_scheduler(config.scheduler, state)

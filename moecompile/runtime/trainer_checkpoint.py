@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from moecompile import plan as plans
-from moecompile.checkpoint.folders import PLAN, check, whole_folder
+from moecompile.checkpoint.folders import PLAN, STATE, check, whole_folder
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, write_tensors, written
 from moecompile.errors import PlanError
@@ -56,22 +56,38 @@ def save(
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], stages: dist.ProcessGroup | None = None
-) -> tuple[dict[str, Any], bool]:
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], stages: dist.ProcessGroup | None = None, *,
+    goes_on: bool = False,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
     """Reads such a folder, written on any mesh, into model and optimizers; all ranks call it.
 
     It makes missing optimizer state by a step with zeros. Arguments are those of `save`.
+
+    Args:
+        goes_on: whether training goes on from it, which takes more than weights.
 
     Returns:
         Lightning's checkpoint without tensors, and whether it is of the same parameter groups; if not, schedulers are
         to be fitted (`fit_scheduler`).
 
     Raises:
-        PlanError: entries are missing or have other shapes, a parameter group has weights with several settings, or
-            something beside tensors has a class of its own.
+        ConfigError: files are damaged.
+        PlanError: it is no such folder, entries are missing or have other shapes, a parameter group has weights with
+            several settings, something beside tensors has a class of its own, or training goes on from weights alone.
     """
     check(path, [LIGHTNING, PLAN], key="ckpt_path")
+    if not (path / LIGHTNING).is_file():
+        rule = "is not what a Trainer with ExpertParallelStrategy saved" + (
+            "; it is of task=train, which reads it by trainer.resume" if (path / STATE).is_file() else ""
+        )
+        raise PlanError("ckpt_path", path, rule, "Give a folder of trainer.save_checkpoint or of ModelCheckpoint")
     rest = _beside_tensors(path)
+    if goes_on and "optimizer_states" not in rest:
+        raise PlanError(
+            "ckpt_path", path, "holds weights alone (weights_only), and fit goes on with optimizers and schedulers too",
+            "Save without weights_only; or begin with these weights: trainer.validate(module, ckpt_path=...), then "
+            "trainer.fit(module)",
+        )  # fmt: skip
     groups = rest.get("optimizer_states", [])
     optimizers = optimizers if groups else []
     entries = {name: entry for name, entry in entries_of(path).items() if optimizers or name.startswith("model.")}

@@ -763,11 +763,11 @@ def accumulation_steps(config: Config, mesh: MeshSpec) -> int:
     ranks = " / ".join(("ranks", *mesh.sharing))
     per_step = data.micro_batch_size * world
     if data.global_batch_size % per_step:
-        up = (data.global_batch_size // per_step + 1) * per_step
+        up, (part, rest) = (data.global_batch_size // per_step + 1) * per_step, divmod(data.global_batch_size, world)
         raise ConfigError(
             "data.global_batch_size", data.global_batch_size,
             f"must be a multiple of data.micro_batch_size * {ranks} = {data.micro_batch_size} * {world} = {per_step}",
-            f"Use {up}, or a micro_batch_size that divides {data.global_batch_size} / {world}",
+            f"Use {up}" if rest else f"Use {up}, or a micro_batch_size that divides {part}",
         )  # fmt: skip
     return data.global_batch_size // per_step
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moecompile.atomic import creating
+from moecompile.atomic import UNWRITABLE, creating
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import (
     Run,
@@ -45,7 +48,7 @@ def run(config: Config, run_dir: Path) -> None:
     path = Path(export.path) if export.path else run_dir / "model"
     if path.exists():
         raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")
-    with creating(path) as folder:
+    with _new_folder(path) as folder:
         architecture, diff = _export(trained, config, folder)
     accept(run_dir)
     fields = {
@@ -56,6 +59,25 @@ def run(config: Config, run_dir: Path) -> None:
     console = Console(soft_wrap=True)
     console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")
     console.print(f"{architecture}, loaded again: logits equal those of the trained model within {diff:.1e}")
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """`atomic.creating`, in which an error of the file system is one of `export.path`.
+
+    Raises:
+        ConfigError: nothing, or not all of it, can be written there.
+    """
+    try:
+        with creating(path) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:  # the latter has no errno, and says the same
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            "export.path", path, f"cannot be written: {reason}", "Give a folder that can, on a disk with room for it"
+        ) from error
 
 
 def _export(trained: Run, config: Config, folder: Path) -> tuple[str, float]:

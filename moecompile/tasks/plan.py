@@ -29,7 +29,7 @@ from moecompile.planner.cost_model.forecast import expected_load, forecast_plan
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
-from moecompile.planner.given import given_plan, plan_file, scheduled
+from moecompile.planner.given import given_plan, left_notes, plan_file, scheduled
 from moecompile.planner.lookups import without_tables
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.placement import read_placement
@@ -67,13 +67,13 @@ def run(config: Config, run_dir: Path) -> None:
     config, workload_notes = with_workload(config)
     console, of_data = Console(), data_fields(read_data(config), config) if _reads_data(config) else {}
     model = source_model(config)
-    plan, again = planned(model, config, given_plan(config))
+    plan, again, given_notes = planned(model, config, given_plan(config))
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
     forecast, described = forecast_plan(shape, plan, config), _described(shape, plan, config)
     forecast = with_changes(forecast, plan, config, lambda each: shape_of_model(model, each), again)
     plan_notes = [
-        *decides(config),
+        *given_notes,
         *workload_notes,
         *([] if described is None else [_described_note(described, config)]),
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
@@ -128,13 +128,9 @@ def _reads_data(config: Config) -> bool:
     return data.epochs is not None or (data.path is not None and data.kind is not DataKind.corpus)
 
 
-def decides(config: Config) -> list[str]:
-    """A note that a given plan decides."""
-    return [f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"] * bool(config.plan)
-
-
-def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, Callable[[Config], Plan]]:
-    """The given plan with the estimate for this config, or without one a new plan; and what plans a changed config.
+def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, Callable[[Config], Plan], list[str]]:
+    """The given plan with the estimate for this config, or without one a new plan; what plans a changed config; and
+    notes of what the given plan decides.
 
     Raises:
         PlanError: the given plan does not fit the model.
@@ -146,7 +142,7 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
         return shape_of_model(model, of)
 
     if plan is None:
-        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts, shape)
+        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts, shape), []
     check_sites(plan.layers, sites)
     facts = as_planned(facts, plan)
 
@@ -156,7 +152,8 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
         return with_estimate(plan, changed, facts, shape)
 
     given = with_estimate(plan, config, facts, shape)
-    return with_remedies(given, sites, facts, config, shape, again), again
+    decides = f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"
+    return with_remedies(given, sites, facts, config, shape, again), again, [decides, *left_notes(plan, sites)]
 
 
 def as_planned(facts: ModelFacts, plan: Plan) -> ModelFacts:
@@ -191,7 +188,7 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     theirs, _ = with_workload(load_resolved(resolved, runs=())) if resolved.is_file() else (config, [])
     theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
     other = plans.read(file)
-    plan, _ = planned(model, scheduled(theirs, other), other)
+    plan, _, _ = planned(model, scheduled(theirs, other), other)
     shape = shape_of_model(model, plan)
     them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs, plan))
     print_comparison(this, them, console)

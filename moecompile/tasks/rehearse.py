@@ -65,7 +65,7 @@ from moecompile.runtime.messages import MESSAGES, SEND, disagreements
 from moecompile.runtime.objective import is_encoder_decoder
 from moecompile.runtime.rehearsal import STEP
 from moecompile.schema import Compiled, Config, DataKind, with_workload
-from moecompile.tasks.plan import as_planned, decides, plan_fields, planned, require_layers
+from moecompile.tasks.plan import as_planned, plan_fields, planned, require_layers
 from moecompile.tasks.ranks.rehearse import FOLDER, micro_batches, result_of, structure_of
 
 MEMORY = 0.15
@@ -89,7 +89,7 @@ def run(config: Config, run_dir: Path) -> None:
     """
     config, notes = with_workload(config)
     model = structure_of(config)
-    plan, _ = planned(model, config, given_plan(config))  # Step 1
+    plan, _, given_notes = planned(model, config, given_plan(config))  # Step 1
     require_layers(plan, config)
     _check(config, plan, model)
     ranks = _ranks(config, plan)
@@ -119,7 +119,7 @@ def run(config: Config, run_dir: Path) -> None:
         "pipeline": [each.fields(room) for each in compared] if plan.pipeline is not None else [],
         "messages": sum(each["op"] == SEND for of in together for each in of["seen"]["sent"]),
         "differs": differs,
-        "notes": [*decides(config), *notes, *_notes(config, number)],
+        "notes": [*given_notes, *notes, *_notes(config, number)],
     }
     result = write_result(run_dir, "rehearse", config.name, {**plan_fields(plan), **fields})
     print_rehearsal(result, plan, Console())

@@ -36,8 +36,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moecompile.atomic import write_text
-from moecompile.errors import ArgumentError, VerificationFailed
+from moecompile.atomic import replacing, write_text
+from moecompile.errors import ArgumentError, UserError, VerificationFailed
 from moecompile.report.console import print_checks
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.ranks import started_ranks, worker_variables
@@ -49,6 +49,8 @@ from moecompile.version import versions
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _CLIP = 1.0
+_ERROR = "error"
+"""The file in which a rank leaves a mistake that its user can correct."""
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -190,7 +192,10 @@ def certify(
     Raises:
         ArgumentError: an argument that breaks a rule.
     """
+    _check_functions({"build": build, "parallelize": parallelize, "batch": batch, "loss": loss or next_token_loss})
     _check_arguments(mesh, reduction, same_batch, dtype, steps, accumulation)
+    if not timeout_s > 0:
+        raise ArgumentError("timeout_s", timeout_s, "it must be more than 0", "Give seconds, such as 120")
     job = _Job(
         build=build, parallelize=parallelize, batch=batch, axes=Axes(dict(mesh)), loss=loss or next_token_loss,
         reduction=reduction, same_batch=tuple(same_batch), steps=steps, accumulation=accumulation, recompute=recompute,
@@ -226,12 +231,19 @@ def _has_labels(batch: Any) -> bool:
     return isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)
 
 
+def _check_functions(functions: Mapping[str, object]) -> None:
+    for name, function in functions.items():
+        if not callable(function) or (name == "build" and isinstance(function, nn.Module)):
+            raise ArgumentError(name, type(function).__name__, "it must be a function", f"Give one: def {name}(...)")
+
+
 def _check_arguments(
     mesh: Mapping[str, int], reduction: str, same_batch: Sequence[str], dtype: torch.dtype, steps: int,
     accumulation: int,
 ) -> None:  # fmt: skip
-    if not mesh or any(not isinstance(size, int) or size < 1 for size in mesh.values()):
-        raise ArgumentError("mesh", dict(mesh), "it needs axes with at least one rank each", 'Give {"ep": 2}')
+    if not isinstance(mesh, Mapping) or not mesh or any(not _is_count(size) for size in mesh.values()):
+        shown = dict(mesh) if isinstance(mesh, Mapping) else mesh
+        raise ArgumentError("mesh", shown, "it needs axes with at least one rank each", 'Give {"ep": 2}')
     if reduction not in ("mean", "sum", "targets"):
         raise ArgumentError("reduction", reduction, "it is none of mean, sum, targets", "Choose one of them")
     if unknown := [name for name in same_batch if name not in mesh]:
@@ -239,8 +251,12 @@ def _check_arguments(
     if dtype not in TOLERANCES:
         raise ArgumentError("dtype", dtype, "it is neither float64 nor float32", "Choose one of them")
     for name, value in (("steps", steps), ("accumulation", accumulation)):
-        if value < 1:
+        if not _is_count(value):
             raise ArgumentError(name, value, "it must be at least 1", f"Give {name}=1 or more")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
@@ -249,16 +265,29 @@ def _check_arguments(
 def _started(job: _Job, timeout_s: float) -> Certificate:
     """Starts the ranks on this machine."""
     try:
-        pickle.dumps(job)
+        pickled = pickle.dumps(job)
     except Exception as error:
         raise ArgumentError(
             "build, parallelize, batch, loss", str(error), "the ranks that are started cannot import it",
             "Define them at the top level of a module, or start the script by torchrun",
         ) from error  # fmt: skip
+    main = getattr(sys.modules["__main__"], "__file__", None)  # ranks run it first, if there is one
+    if (main is None and b"__main__" in pickled) or (main is not None and not Path(main).is_file()):
+        raise ArgumentError(
+            "build, parallelize, batch, loss", main or "__main__",
+            "ranks that are started cannot import a session without a file, such as a notebook",
+            "Write them into a module, and import it; or write a script",
+        )  # fmt: skip
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="moecompile-certify-") as folder:
         path = Path(folder) / "certificate"
-        mp.start_processes(_rank, (job, store.port, timeout_s, path), nprocs=job.axes.num_ranks, start_method="spawn")
+        arguments = (job, store.port, timeout_s, path)
+        try:
+            mp.start_processes(_rank, arguments, nprocs=job.axes.num_ranks, start_method="spawn")
+        except mp.ProcessRaisedException:
+            if (said := path.with_name(_ERROR)).exists():
+                raise pickle.loads(said.read_bytes()) from None
+            raise
         certificate: Certificate = pickle.loads(path.read_bytes())
     return certificate
 
@@ -269,7 +298,12 @@ def _rank(rank: int, job: _Job, port: int, timeout_s: float, path: Path) -> None
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job.axes.num_ranks, timeout=timeout)
-    certificate = _in_place(job)
+    try:
+        certificate = _in_place(job)
+    except UserError as error:
+        with replacing(path.with_name(_ERROR)) as partial:
+            partial.write_bytes(pickle.dumps(error))
+        raise
     if rank == 0:
         path.write_bytes(pickle.dumps(certificate))
     dist.barrier()
@@ -426,8 +460,7 @@ class _Job:
     def whole(self) -> Parallel:
         """The model with weights that are told apart."""
         torch.manual_seed(self.seed)
-        built = self.build()
-        side = built if isinstance(built, Parallel) else Parallel(module=built)
+        side = _side(self.build(), "build")
         side.module.to(self.dtype)
         make_distinct(side.module, self.seed)
         return side
@@ -456,8 +489,7 @@ class _Job:
         """A rank."""
         whole = self.whole().module
         entries, held = Entries(whole), _Held()
-        made = self.parallelize(whole, device_mesh)
-        side = made if isinstance(made, Parallel) else Parallel(module=made)
+        side = _side(self.parallelize(whole, device_mesh), "parallelize")
         held.clips = side.clip is not None
         if recomputed:
             _recompute(side.module)
@@ -491,6 +523,9 @@ class _Job:
                 for tensor in inputs:
                     tensor.requires_grad_()
                 loss = self.loss(module, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    shown = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                    raise ArgumentError("loss", shown, "it must return a scalar", "Return the sum over all targets")
                 loss.backward()
                 targets += num_targets(batch)
                 if step == 0:
@@ -510,6 +545,15 @@ class _Job:
         held.buffers = {_plain(name): local_part(buffer).clone() for name, buffer in module.named_buffers()}
         if side.counts is not None:
             held.buffers.update({name: local_part(value).clone() for name, value in side.counts().items()})
+
+
+def _side(made: object, function: str) -> Parallel:
+    """What a function of the user returned."""
+    side = made if isinstance(made, Parallel) else Parallel(module=made)  # type: ignore[arg-type]
+    if not isinstance(side.module, nn.Module):
+        rule = "it must return a torch.nn.Module, or a moecompile.Parallel with one"
+        raise ArgumentError(function, type(side.module).__name__, rule, "Return the model that is trained")
+    return side
 
 
 def _adamw(module: nn.Module) -> torch.optim.Optimizer:

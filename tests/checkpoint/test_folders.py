@@ -143,3 +143,43 @@ def test_a_file_is_replaced_by_a_folder_more_than_once(tmp_path: Path) -> None:
         with folders.whole_folder(path, is_first_rank=True, barrier=lambda: None) as folder:
             (folder / "one").write_text(text)
     assert (path / "one").read_text() == "2" and names(tmp_path) == ["last.ckpt"]
+
+
+def _save(path: Path) -> None:
+    with folders.whole_folder(path, is_first_rank=True, barrier=lambda: None) as folder:
+        (folder / "one").write_text("new")
+
+
+def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
+    """A run, the folder of other checkpoints, and notes beside the files of one."""
+    path = tmp_path / "checkpoints"
+    path.mkdir()
+    _save(path)  # an empty one
+    for other in ("last.ckpt/one", "notes.txt"):
+        (path / other).parent.mkdir(exist_ok=True)
+        (path / other).write_text("mine")
+        before = sorted(tmp_path.rglob("*"))
+        name = other.partition("/")[0]
+        with pytest.raises(ConfigError, match=rf"^filepath=.*checkpoints: holds {name}, which is of no checkpoint"):
+            _save(path)
+        assert sorted(tmp_path.rglob("*")) == before
+        (path / other).rename(tmp_path / "aside")
+        if (path / name).is_dir():
+            (path / name).rmdir()
+    _save(path)
+    (path / folders.SUMS).unlink()  # as version 0.1.0 wrote it
+    with pytest.raises(ConfigError, match="holds one, which is of no checkpoint"):
+        _save(path)
+    (path / folders.INDEX).touch()
+    _save(path)
+    (path / ".DS_Store").touch()
+    _save(path)
+    assert names(path) == [folders.SUMS, "one"]
+
+
+def test_a_copy_of_the_user_beside_a_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    _save(path)
+    shutil.copytree(path, tmp_path / "last.ckpt.old")
+    _save(path)
+    assert names(tmp_path) == ["last.ckpt", "last.ckpt.old"]

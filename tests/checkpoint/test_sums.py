@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moecompile import plan as plans
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.tensors import INDEX, read_index, read_tensors, shapes, write_tensors
+from moecompile.checkpoint.folders import INDEX
+from moecompile.checkpoint.tensors import read_index, read_tensors, shapes, write_tensors
 from moecompile.errors import ConfigError
 from tests.distributed.harness import run_distributed_test
 from tests.plan.plans import a_plan

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from moecompile.checkpoint.folders import INDEX
 from moecompile.checkpoint.tensors import (
-    INDEX,
     _IndexReader,
     forget_unused,
     read_index,

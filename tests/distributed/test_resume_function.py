@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.tensors import INDEX
+from moecompile.checkpoint.folders import INDEX
 from moecompile.errors import ConfigError
 from tests.checkpoint.test_sums import flip
 from tests.distributed.harness import run_distributed_test

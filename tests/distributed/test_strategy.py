@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import moecompile
 from moecompile.errors import ConfigError, PlanError, UserError
 from moecompile.mesh import MeshSpec
+from moecompile.runtime.converted import reading_of
 from moecompile.runtime.groups import Groups
-from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights
+from moecompile.runtime.trainer_checkpoint import LIGHTNING, _beside_tensors, _set_by_weights, load
 from moecompile.verify import worst
 from tests.distributed.classifier import Classifier, spread
 from tests.distributed.gradient_job import full
@@ -265,7 +266,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             call(folder)
         except UserError as error:
             out[name] = str(error)
-    out["predicted"] = _predicted()
+    out["predicted"], out["alone"] = _predicted(), _weights_alone(Path(folder, "alone"))
     axes = ("ep", "cp", "tp", "pp")
     return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
 
@@ -369,6 +370,27 @@ def _second_trainer(folder: str) -> None:
         Trainer(strategy="expert_parallel", devices=WORLD, **CPU).predict(module, DataLoader(dataset(), BATCH))
 
 
+class Validates(Mean):
+    """With what `Trainer.validate` calls."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", F.cross_entropy(self.model(batch[0]), batch[1]), sync_dist=True)
+
+
+def _weights_alone(path: Path) -> tuple[str, list[dict[str, Tensor]]]:
+    """What `fit` says of weights that were saved alone; these, as another Trainer validates them, and as it trains them."""
+    saved, begun = Mean(), Validates()
+    first, refused, second = (Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU) for _ in range(3))
+    first.fit(saved)
+    first.save_checkpoint(path, weights_only=True)
+    with pytest.raises(PlanError) as caught:
+        refused.fit(Mean(), ckpt_path=path)
+    second.validate(begun, DataLoader(dataset(), BATCH), ckpt_path=path)
+    weights = [{name: full(p).clone() for name, p in module.model.named_parameters()} for module in (saved, begun)]
+    second.fit(begun)
+    return str(caught.value), [*weights, {name: full(p) for name, p in begun.model.named_parameters()}]
+
+
 def _scaled(folder: str) -> None:
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
     Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, plugins=plugins, **CPU).fit(Mean())
@@ -430,6 +452,15 @@ def test_ranks_see_different_data(results: list[dict[str, Any]]) -> None:
 
 def test_weights_are_sharded(results: list[dict[str, Any]]) -> None:
     assert results[0]["mean"]["kinds"] == {"DTensor", "Parameter"}  # FSDP2 and experts; routers are replicated
+
+
+def test_weights_that_were_saved_alone_are_validated_and_begun_with(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        said, (saved, begun, trained) = result["alone"]
+        assert (
+            said.startswith("ckpt_path=") and "alone: holds weights alone (weights_only), and fit goes on with" in said
+        )
+        assert worst(begun, saved)[0] == 0.0 < worst(trained, saved)[0]
 
 
 def test_ranks_predict_equally_many_batches(results: list[dict[str, Any]]) -> None:
@@ -501,6 +532,23 @@ def test_classes_beside_tensors_are_named_and_can_be_allowed(tmp_path: Path) -> 
     )
     with torch.serialization.safe_globals([PurePosixPath]):
         assert _beside_tensors(tmp_path)["epoch"] == 3
+
+
+def test_another_model_is_told_by_the_argument() -> None:
+    with pytest.raises(PlanError, match=r"^ckpt_path=a: the checkpoint does not fit this run: model\.weight: missing"):
+        reading_of(Path("a"), nn.Linear(1, 1), [], {"model.weight": torch.zeros(1)}, {}, key="ckpt_path")
+
+
+@pytest.mark.parametrize(
+    ("made", "more"), [(["a/other.txt"], ""), (["a/state.json"], "; it is of task=train, which reads it by"), ([], "")]
+)
+def test_what_no_trainer_saved_is_told(made: list[str], more: str, tmp_path: Path) -> None:
+    for name in made:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    said = rf"^ckpt_path={tmp_path}/a: is not what a Trainer with ExpertParallelStrategy saved{more}"
+    with pytest.raises(PlanError, match=said):
+        load(tmp_path / "a", nn.Linear(1, 1), [])
 
 
 def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,6 +127,30 @@ def test_a_disk_without_room_for_tables_is_told(tmp_path: Path, monkeypatch: pyt
     ):
         exported(run, tmp_path / "out")
     assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_disk_that_fills_up_is_told_and_nothing_is_left(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_model: object, _run: object, folder: Path) -> None:
+        (folder / "part").write_text("half")
+        raise error
+
+    run = tiny_run(tmp_path / "run", tiny_config("llama", []))
+    monkeypatch.setattr("moecompile.tasks.export.write_native", full)
+    with pytest.raises(ConfigError, match=r"^export\.path=.*/model: cannot be written: .*No space left on device"):
+        exported(run, tmp_path / "out", "export.format=native")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_in_the_way_of_an_export_is_told(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tiny_config("llama", []))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^export\.path=.*/file/new: cannot be written: Not a directory"):
+        exported(run, tmp_path / "out", f"export.path={tmp_path / 'file' / 'new'}")
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3", "gpt_oss"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moecompile
 from moecompile.errors import ConfigError
 from moecompile.match.experts import skips_tokens
 from moecompile.match.sites import record_model
@@ -358,6 +359,18 @@ def test_experts_that_are_the_identity_stay_with_their_token() -> None:
     experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
     model(**inputs)
     assert (chosen[0] >= 4).any() and (chosen[0] < 4).any()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("dbrx", "are one matrix per projection"), ("longcat_flash", "have identity experts")]
+)
+def test_experts_that_cannot_have_adapters_are_refused_by_the_plan(model_type: str, reason: str) -> None:
+    changes = {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3}
+    model, inputs = dbrx() if model_type == "dbrx" else language_model(model_type, changes)
+    with pytest.raises(ConfigError, match=rf"^adapters\.experts=\*: the experts of .*{reason}.*adapters\.experts=null"):
+        moecompile.make_plan(model, ["adapters=lora"], example=inputs)
+    plan = moecompile.make_plan(model, ["adapters=lora", "adapters.experts=null"], example=inputs)
+    assert plan.adapters is not None and plan.adapters.linears
 
 
 # Experts that are seen and cannot be rewritten, and why.

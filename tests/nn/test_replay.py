@@ -155,12 +155,29 @@ def test_padding_is_not_recorded() -> None:
     [
         (torch.zeros(14, 3, 2, dtype=torch.int64), r"ids=\(14, 3, 2\): must be \(tokens, 2 layers, top-k\)"),
         (torch.zeros(14, 2, 3, dtype=torch.int64), r"ids=\(14, 3\): must be \(tokens, 2\) for model.layers.0"),
-        ({"model.layers.0.mlp.experts": torch.zeros(14, 2)}, "has no entry for model.layers.1.mlp.experts"),
+        (torch.rand(14, 2, 2), r"ids=torch.float32: must be whole numbers for model.layers.0"),
+        (
+            {"model.layers.0.mlp.experts": torch.zeros(14, 2, dtype=torch.int64)},
+            "has no entry for model.layers.1.mlp.experts",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(ids: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message), replay_routes(compiled("mixtral"), ids):
         pass
+
+
+def test_a_forward_that_was_not_recorded_is_told() -> None:
+    model = compiled("llama")
+    with record_routes(model) as routes:
+        pass
+    with pytest.raises(MoecompileError, match=r"^forward 0 is not recorded: there are 0, in 2 layers$"):
+        routes.stacked()
+    with record_routes(model) as routes:
+        logits_of(model)
+    assert torch.equal(routes.stacked(-1), routes.stacked())
+    with pytest.raises(MoecompileError, match=r"^forward 1 is not recorded: there are 1, in 2 layers$"):
+        routes.stacked(1)
 
 
 def test_another_number_of_tokens() -> None:

@@ -136,6 +136,8 @@ def test_a_model_that_is_not_lowered_is_not_sharded(tmp_path: Path) -> None:
 class _Sizes:
     """A device mesh of one rank that says it has the planned sizes."""
 
+    mesh_dim_names = ("dp_replicate", "edp", "ep")
+
     def __init__(self, mesh: object) -> None:
         self.mesh = mesh
 

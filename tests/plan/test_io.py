@@ -242,6 +242,15 @@ def test_a_plan_of_version_020_which_says_whether_it_fits_by_a_bool_is_read(befo
     assert read is not None and (read.fits, read.remedies) == (now, ())
 
 
+@pytest.mark.parametrize(("precision", "number"), [("fp32", 4), ("bf16_params", 2)])
+def test_a_plan_of_version_020_has_the_bytes_of_its_precision(precision: str, number: int) -> None:
+    body = yaml.safe_load(to_yaml(a_plan()))
+    del body["estimate"]["assumes"]["number_bytes"]
+    body["estimate"]["assumes"]["precision"] = precision
+    read = from_yaml(yaml.safe_dump(body)).estimate
+    assert read is not None and read.assumes is not None and read.assumes.number_bytes == number
+
+
 def test_the_estimate_does_not_count_for_the_hash() -> None:
     plan = a_plan()
     assert plan.estimate is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moecompile.compose import compose_config
@@ -97,3 +99,12 @@ def test_dense_ffns_and_experts_that_are_modules_are_refused() -> None:
     )
     with pytest.raises(ConfigError, match="has one module per expert"):
         planned(site=modules)
+
+
+def test_experts_of_a_form_without_adapters_are_refused_where_they_would_get_some() -> None:
+    facts = replace(FACTS, no_adapters={SITE.fqn: "are one matrix per projection"})
+    with pytest.raises(
+        ConfigError, match=r"^adapters\.experts=\*: the experts of layers\.0\.mlp\.experts are one matrix"
+    ):
+        build_plan([SITE], compose_config(LORA), facts)
+    assert build_plan([SITE], compose_config([*LORA, "adapters.experts=null"]), facts).layers[0].adapters is None

@@ -13,7 +13,7 @@ import yaml
 
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.rundir import PENDING, RESOLVED, job_command
+from moecompile.rundir import PENDING, RESOLVED, job_command, resume_hint
 from moecompile.runtime import slurm
 from moecompile.runtime.launch import is_restart
 from moecompile.runtime.signals import Stopped
@@ -70,6 +70,14 @@ def test_the_command_goes_on_in_its_directory(monkeypatch: pytest.MonkeyPatch) -
     assert job_command(overrides, Path("/b"), "bench", "python3")[-1] == "hydra.run.dir=/b"
     monkeypatch.setattr(sys, "argv", ["moecompile", "--config-dir=mine", *SUBMIT])
     assert job_command(SUBMIT, Path("/b"), "bench", "python3")[3:5] == ["--config-dir=mine", "task=bench"]
+
+
+def test_what_is_left_out_is_so_once_and_a_folder_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["moecompile", "~balance", "--config-dir", "of=mine", *SUBMIT])
+    assert job_command(["~balance", *SUBMIT], Path("/b"), "bench", "python3")[3:] == [
+        "--config-dir", "of=mine", "task=bench", "~balance", "launcher=slurm", "hydra.run.dir=/b"
+    ]  # fmt: skip
+    assert resume_hint(["~balance"], Path("/b")).count("~balance") == 1
 
 
 @pytest.mark.parametrize(

@@ -309,8 +309,12 @@ ONLY_IN_TASKS: dict[str, tuple[list[str], str]] = {
     "validation batches": (["data.val_batches=-1"], "data.val_batches=-1: must be at least 0. Use 0 or more."),
     "accumulation": (
         [*TWO_NODES, "data.global_batch_size=10", "data.micro_batch_size=2"],
-        "data.global_batch_size=10: must be a multiple of data.micro_batch_size * ranks = 2 * 4 = 8. Use 16, or a "
-        "micro_batch_size that divides 10 / 4.",
+        "data.global_batch_size=10: must be a multiple of data.micro_batch_size * ranks = 2 * 4 = 8. Use 16.",
+    ),
+    "accumulation of smaller micro-batches": (
+        [*TWO_NODES, "data.global_batch_size=12", "data.micro_batch_size=2"],
+        "data.global_batch_size=12: must be a multiple of data.micro_batch_size * ranks = 2 * 4 = 8. Use 16, or a "
+        "micro_batch_size that divides 3.",
     ),
     **{
         name: ([f"trainer.{name}=0"], f"trainer.{name}=0: must be at least 1. Use 1 or more.")

@@ -92,7 +92,7 @@ def test_layers_and_steps_on_two_ranks(tmp_path: Path) -> None:
         (["bench.rounds=0"], "bench.rounds=0: must be at least 1. Use 1 or more."),
         (["bench.warmup=0"], "bench.warmup=0: must be at least 1. Use 1 or more."),
         (["model=deepseek_v3", "model.load=full"], "model.device=meta: model.load=full makes the whole model on every rank, and on this device it has no values. Change that, or use model.device=cpu if it fits into the memory of each rank."),
-        (["data.global_batch_size=5"], "data.global_batch_size=5: must be a multiple of data.micro_batch_size * ranks = 4 * 1 = 4. Use 8, or a micro_batch_size that divides 5 / 1."),
+        (["data.global_batch_size=5"], "data.global_batch_size=5: must be a multiple of data.micro_batch_size * ranks = 4 * 1 = 4. Use 8, or a micro_batch_size that divides 5."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(overrides: list[str], message: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moecompile import plan as plans
 from moecompile.compose import compose_config, save_resolved
 from moecompile.errors import PlanError
+from moecompile.models.build import build_model, example_inputs
+from moecompile.pipeline import compile_with_report
 from moecompile.planner.given import with_plan
 from moecompile.tasks import plan as task
 from tests.forked import python
@@ -69,6 +73,21 @@ def test_what_differs_and_what_it_costs(
     same = planned(tmp_path / "same", f"compare={folder}", "dispatch.kind=flat", "trainer.checkpointing=none")
     assert same["compared"]["differences"] == {}
     assert "the same plan, with the same config" in capsys.readouterr().out
+
+
+def test_what_a_plan_of_fewer_layers_leaves_is_named(first: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = first
+    plan = plans.read(folder / "plan.yaml")
+    plans.save(replace(plan, layers=plan.layers[1:]), tmp_path / "fewer.yaml")
+    left = "the plan has 3 of the model's 4 layers to rewrite; it leaves as they are: model.layers.0.mlp"
+    shown = planned(tmp_path / "shown", f"plan={tmp_path / 'fewer.yaml'}", "trainer.checkpointing=none")
+    assert left in shown["notes"]
+    config = compose_config([*BASE])
+    model = build_model(config.model, config.seed)
+    example = example_inputs(model, config.data.seq_len)
+    compiled = compile_with_report(model, example=example, plan=plans.read(tmp_path / "fewer.yaml"))
+    assert compiled.notes[0] == left
+    assert {site.reason for site in compiled.sites if site.status == "left"} == {"not in the given plan"}
 
 
 @pytest.mark.slow

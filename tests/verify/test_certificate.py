@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,60 @@ def test_targets_that_cannot_be_counted_are_refused() -> None:
 
 
 @pytest.mark.slow
+def _model(*_: object) -> Model:
+    return Model()
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": [2]}, r"mesh=\[2\]: it needs axes with at least one rank each"),
+        ({"steps": 1.5}, r"steps=1\.5: it must be at least 1"),
+        ({"timeout_s": 0}, r"timeout_s=0: it must be more than 0"),
+        ({"build": Model()}, r"build=Model: it must be a function"),
+        (
+            {"build": _nothing},
+            r"build=NoneType: it must return a torch\.nn\.Module, or a moecompile\.Parallel with one",
+        ),
+        ({"parallelize": _nothing}, r"parallelize=NoneType: it must return a torch\.nn\.Module"),
+        ({"loss": lambda module, batch: torch.ones(2)}, r"loss=\(2,\): it must return a scalar"),
+    ],
+)
+def test_arguments_that_break_a_rule(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    arguments = {
+        "build": _model,
+        "parallelize": lambda model, mesh: model,
+        "batch": tokens,
+        "mesh": {"ep": 1},
+        **changes,
+    }
+    with one_rank(tmp_path), pytest.raises(ArgumentError, match=f"^{message}"):
+        certify(**arguments, recompute=False)
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_functions_of_a_session_without_a_file_are_told(file: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> Model:
+        return Model()
+
+    main = sys.modules["__main__"]
+    build.__module__, build.__qualname__ = "__main__", "build_of_session"
+    monkeypatch.setattr(main, "build_of_session", build, raising=False)
+    monkeypatch.setattr(main, "__file__", file, raising=False)
+    with pytest.raises(ArgumentError, match=r"cannot import a session without a file, such as a notebook\. Write them"):
+        certify(build, _model, tokens, {"ep": 1})
+
+
+def test_a_mistake_on_a_rank_that_was_started_is_raised_as_it_is() -> None:
+    with pytest.raises(ArgumentError, match=r"^parallelize=NoneType: it must return") as caught:
+        certify(_model, _nothing, tokens, {"ep": 1}, recompute=False)
+    assert caught.value.__cause__ is None
+
+
 def test_buffers_that_are_not_summed_are_told(found: dict[str, Certificate]) -> None:
     """DDP gives every rank the buffers of rank 0 before each forward, so what other ranks counted is lost."""
     (failed,) = [check for check in found["loads under DDP"].checks if not check.passed]
