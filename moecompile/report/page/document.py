@@ -85,6 +85,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: boo
     return f'<div class="wide"><table{kind}><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
+def first_rows(head: Sequence[str], rows: Sequence[Sequence[object]], limit: int, what: str) -> str:
+    """A table of at most `limit` rows, which says how many there are. what: the rows are, in the plural."""
+    left_out = note(f"The first {limit} of {len(rows):,} {what}.") if len(rows) > limit else ""
+    return table(head, rows[:limit]) + left_out
+
+
 def note(text: str) -> str:
     """A paragraph of small print."""
     return f'<p class="note">{escape(text)}</p>'

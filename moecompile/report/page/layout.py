@@ -18,7 +18,7 @@ from moecompile.errors import MoecompileError
 from moecompile.mesh import LinkClass, Part
 from moecompile.plan import LayerPlan, Plan
 from moecompile.planner.traffic import Copies, Wire, copies_per_token, forward_traffic
-from moecompile.report.page.document import Chart, Section, chart, details, escape, heat, note, table
+from moecompile.report.page.document import Chart, Section, chart, details, escape, first_rows, heat, note, table
 from moecompile.report.page.read import Run
 from moecompile.report.text import bytes_text, fold_paths, plural
 
@@ -118,7 +118,7 @@ def _by_node(run: Run, plan: Plan, planned: Matrix, counted: Matrix | None) -> I
         for b in range(nodes):
             if a != b:
                 rows.append((f"node {a} to node {b}", *(bytes_text(m[a, b]) for _, m in shown)))
-    yield table(("", *(label for label, _ in shown)), rows[:64])
+    yield first_rows(("", *(label for label, _ in shown)), rows, 64, "pairs of nodes")
     if bound is not None:
         text = "Lower bound, of the last steps: each token's row once to each other node with one of its experts, "
         yield note(f"{text}and one sum back. Without compression, no dispatch that computes the same sends less.")

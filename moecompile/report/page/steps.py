@@ -10,7 +10,7 @@ import numpy as np
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.planner.cost_model.forecast import COMMUNICATION
 from moecompile.report.heatmap import short_names
-from moecompile.report.page.document import Chart, Section, chart, note, table
+from moecompile.report.page.document import Chart, Section, chart, first_rows, note, table
 from moecompile.report.page.read import Run
 from moecompile.report.text import seconds_text
 
@@ -52,7 +52,7 @@ def _phases(run: Run) -> Iterator[str]:
         (f"rank {rank}", *(seconds_text(phases[name][rank]) for name in ("forward", "backward", "rest")))
         for rank in range(len(phases["forward"]))
     ]
-    yield table(("", "forward", "backward", "optimizer and the rest"), rows[:16])
+    yield first_rows(("", "forward", "backward", "optimizer and the rest"), rows, 16, "ranks")
     yield note(
         f"Medians of {len(steps)} measured steps, the last ones. They took {100 * run.profile['cost']:+.0f}% beside "
         "the others, because of the clocks and of barriers that tell waiting from sending. All other steps ran without."

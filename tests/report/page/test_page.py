@@ -18,6 +18,7 @@ from moecompile import make_plan
 from moecompile.load_history import NO_EXPERT
 from moecompile.report.heatmap import load_ratios
 from moecompile.report.page import try_report, write_report
+from moecompile.report.page.document import first_rows
 from moecompile.report.page.experts import coactivation, load_section, predictability, quantized, token_lift
 from moecompile.report.page.layout import blocks, planned_bytes
 from moecompile.report.page.read import read_run
@@ -121,6 +122,12 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     text = write_report(tmp_path, "train").read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
+
+
+def test_a_long_table_says_what_it_leaves_out() -> None:
+    shown = first_rows(("", "seconds"), [(f"rank {i}", i) for i in range(3)], 2, "ranks")
+    assert "rank 1" in shown and "rank 2" not in shown and "The first 2 of 3 ranks." in shown
+    assert "of 3" not in first_rows(("", "seconds"), [("rank", 0)] * 3, 3, "ranks")
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(
