@@ -85,7 +85,7 @@ def predicted(case: Case) -> tuple[float, str]:
         imported = with_import(compose_config(words), words)
     imported, _ = with_workload(imported)
     model = source_model(imported)
-    plan, _ = planned(model, imported, None)
+    plan = planned(model, imported, None).plan
     forecast = forecast_plan(shape_of_model(model, plan), plan, imported)
     workload, mesh = imported.workload, imported.mesh
     gpus = mesh.num_nodes * mesh.ranks_per_node

@@ -158,7 +158,7 @@ def measure(size: Size) -> dict[str, Any]:
     torch.set_num_threads(1)
     clock, config = Clock(), compose_config(overrides(size))
     with clock.step("plan"):
-        plan, _ = planned(structure_of(config), config, None)
+        plan = planned(structure_of(config), config, None).plan
     model = structure_of(config)
     example = example_inputs(model, config.data.seq_len)
     with clock.step("compile"):

@@ -33,11 +33,11 @@ class Baton:
     """Of two computations, 0 and 1; 0 has it first.
 
     Attributes:
-        turn: who has it.
+        turn: who has it. handed_over: how often it went from one to the other.
     """
 
     def __init__(self, kept: Sequence[Kept]) -> None:
-        self.turn = 0
+        self.turn, self.handed_over = 0, 0
         self._kept = kept
         self._values = [[each.read() for each in kept]] * 2
         self._is_over, self._waits, self._failed = [False, False], [False, False], False
@@ -90,6 +90,7 @@ class Baton:
 
     def _pass_on(self, own: int) -> None:
         self._values[own] = [each.read() for each in self._kept]
+        self.handed_over += 1
         with self._changed:
             self.turn = 1 - own
             self._changed.notify_all()

@@ -54,7 +54,7 @@ from moecompile.nn.padding import MaskRouting
 from moecompile.nn.scaled_input import ScaleInput
 from moecompile.passes.base import GRAD_TOKEN, experts_calls, is_ours, op_name, reached
 from moecompile.plan import EXCHANGES, HALVES, LayerPlan
-from moecompile.plan.plan import DENSE, EXPERTS, INSIDE, ROUTER
+from moecompile.plan.plan import DENSE, EXPERTS, HEADS, INSIDE, ROUTER, SPLIT
 
 SHOWN = "holds"
 """Key of a node's `meta`: its type in a few words, for listings."""
@@ -1090,6 +1090,20 @@ def sum_axes(rows: Type, *, owned: tuple[Part, ...] = ()) -> tuple[str, ...]:
     """
     axes = expert_axes() if Part.EXPERTS in owned else dense_axes()
     return tuple(axis for axis in axes if axis not in rows.same and axis not in axes_that_split(*owned))
+
+
+def sums_outside(cut_over: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Class in the plan -> the axes to sum over, of weights outside of MoE layers.
+
+    Args:
+        cut_over: the axes along which ranks have the same tokens there.
+    """
+    tokens = Type(holds="values", same=cut_over)
+    heads = Type(holds="values", at=(Step("w", ", ".join(cut_over)),))
+    found = {DENSE: sum_axes(tokens)}
+    if cut_over:
+        found |= {SPLIT: sum_axes(heads, owned=(Part.WEIGHTS,)), HEADS: sum_axes(heads)}
+    return found
 
 
 # -- what a call is given ---------------------------------------------------------------------------------------------

@@ -67,13 +67,14 @@ def run(config: Config, run_dir: Path) -> None:
     config, workload_notes = with_workload(config)
     console, of_data = Console(), data_fields(read_data(config), config) if _reads_data(config) else {}
     model = source_model(config)
-    plan, again, given_notes = planned(model, config, given_plan(config))
+    of_config = planned(model, config, given_plan(config))
+    plan = of_config.plan
     require_layers(plan, config)
     shape = shape_of_model(model, plan)
     forecast, described = forecast_plan(shape, plan, config), _described(shape, plan, config)
-    forecast = with_changes(forecast, plan, config, lambda each: shape_of_model(model, each), again)
+    forecast = with_changes(forecast, plan, config, lambda each: shape_of_model(model, each), of_config.again)
     plan_notes = [
-        *given_notes,
+        *of_config.notes,
         *workload_notes,
         *([] if described is None else [_described_note(described, config)]),
         *notes(plan, config, getattr(model, WIDENED, ""), own_losses(model)),
@@ -128,9 +129,17 @@ def _reads_data(config: Config) -> bool:
     return data.epochs is not None or (data.path is not None and data.kind is not DataKind.corpus)
 
 
-def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, Callable[[Config], Plan], list[str]]:
-    """The given plan with the estimate for this config, or without one a new plan; what plans a changed config; and
-    notes of what the given plan decides.
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """plan: with the estimate for a config. again: plans a changed one. notes: of what a given plan decides."""
+
+    plan: Plan
+    again: Callable[[Config], Plan]
+    notes: list[str]
+
+
+def planned(model: nn.Module, config: Config, plan: Plan | None) -> Planned:
+    """The given plan, or without one a new plan.
 
     Raises:
         PlanError: the given plan does not fit the model.
@@ -142,7 +151,8 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
         return shape_of_model(model, of)
 
     if plan is None:
-        return new_plan(model, sites, config, facts), lambda changed: build_plan(sites, changed, facts, shape), []
+        made = new_plan(model, sites, config, facts)
+        return Planned(made, lambda changed: build_plan(sites, changed, facts, shape), [])
     check_sites(plan.layers, sites)
     facts = as_planned(facts, plan)
 
@@ -153,7 +163,8 @@ def planned(model: nn.Module, config: Config, plan: Plan | None) -> tuple[Plan, 
 
     given = with_estimate(plan, config, facts, shape)
     decides = f"{config.plan} decides: mesh, layers, dispatch and adapters are those of this plan"
-    return with_remedies(given, sites, facts, config, shape, again), again, [decides, *left_notes(plan, sites)]
+    notes = [decides, *left_notes(plan, sites)]
+    return Planned(with_remedies(given, sites, facts, config, shape, again), again, notes)
 
 
 def as_planned(facts: ModelFacts, plan: Plan) -> ModelFacts:
@@ -188,7 +199,7 @@ def _compare(model: nn.Module, this: Compared, config: Config, console: Console)
     theirs, _ = with_workload(load_resolved(resolved, runs=())) if resolved.is_file() else (config, [])
     theirs = dataclasses.replace(theirs, plan=str(file), workload=dataclasses.replace(theirs.workload, load=None))
     other = plans.read(file)
-    plan, _, _ = planned(model, scheduled(theirs, other), other)
+    plan = planned(model, scheduled(theirs, other), other).plan
     shape = shape_of_model(model, plan)
     them = Compared(plan=plan, forecast=forecast_plan(shape, plan, theirs), config=flat(theirs, plan))
     print_comparison(this, them, console)

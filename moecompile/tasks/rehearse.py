@@ -89,7 +89,8 @@ def run(config: Config, run_dir: Path) -> None:
     """
     config, notes = with_workload(config)
     model = structure_of(config)
-    plan, _, given_notes = planned(model, config, given_plan(config))  # Step 1
+    of_config = planned(model, config, given_plan(config))  # Step 1
+    plan = of_config.plan
     require_layers(plan, config)
     _check(config, plan, model)
     ranks = _ranks(config, plan)
@@ -119,7 +120,7 @@ def run(config: Config, run_dir: Path) -> None:
         "pipeline": [each.fields(room) for each in compared] if plan.pipeline is not None else [],
         "messages": sum(each["op"] == SEND for of in together for each in of["seen"]["sent"]),
         "differs": differs,
-        "notes": [*given_notes, *notes, *_notes(config, number)],
+        "notes": [*of_config.notes, *notes, *_notes(config, number)],
     }
     result = write_result(run_dir, "rehearse", config.name, {**plan_fields(plan), **fields})
     print_rehearsal(result, plan, Console())

@@ -142,7 +142,7 @@ def test_a_plan_keeps_it_and_a_given_plan_decides(tmp_path: Path) -> None:
     given = [*MODEL, f"plan={tmp_path}", "hardware.memory_gib=60"]
     config = with_plan(compose_config(given))
     assert config.trainer.checkpointing.value == "budget"
-    again, _ = planned(model(), config, plan)
+    again = planned(model(), config, plan).plan
     assert (again.hash, again.recomputed) == (plan.hash, plan.recomputed)
     assert again.estimate.recomputation == plan.estimate.recomputation
     with pytest.raises(ConfigError, match=r"trainer.checkpointing=full: the plan of .* says what each layer"):
@@ -176,7 +176,7 @@ def test_an_edited_plan_must_fit_the_model(change: dict[str, Any], message: str,
         planned(model(), config, load(tmp_path / "plan.yaml"))
     if "parts" in change:  # what the search would not choose may be asked for
         save(replace(plan, recomputed=(replace(first, parts=("attention",), sends=True),)), tmp_path / "plan.yaml")
-        edited, _ = planned(model(), config, load(tmp_path / "plan.yaml"))
+        edited = planned(model(), config, load(tmp_path / "plan.yaml")).plan
         assert edited.estimate.recomputation[0].parts == ("attention",)
 
 

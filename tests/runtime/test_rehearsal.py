@@ -67,7 +67,7 @@ def no_group() -> Iterator[None]:
 def described(overrides: list[str], base: list[str] = TINY) -> tuple[Config, Plan, ModelFacts, RunFacts]:
     config = compose_config([*base, *overrides])
     model = structure_of(config)
-    plan, _ = planned(model, config, None)
+    plan = planned(model, config, None).plan
     _, facts = planning_facts(model, config, example_inputs(model, config.data.seq_len), plan)
     return (
         config,
@@ -306,7 +306,7 @@ def trained(rank: int, world_size: int, folder: str) -> dict[str, Rehearsal]:
 
 def _trained(config: Config, folder: Path) -> Rehearsal:
     model = build_model(config.model, config.seed)
-    plan = planned(model, config, None)[0]  # the rest refers to layers of other stages
+    plan = planned(model, config, None).plan  # the rest refers to layers of other stages
     compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     config, watch = shortened(config, plan), Watch()
     trainer = make_trainer(config, plan, folder, [Moments(watch)], loggers=[])
