@@ -288,7 +288,7 @@ RUN_AND_IMPORT = {
         "subprocess.run": 1,
     },  # the kernels of the package, by the compiler of the machine
     "runtime/fork_server.py": {"ctypes.CDLL": 1, "ctypes.CDLL(None).prctl": 1},  # of the C library
-    "verify/certificate.py": {"pickle.loads": 1},  # what its own rank 0 has written
+    "verify/certificate.py": {"pickle.loads": 2},  # what its own ranks have written
     "runtime/launch.py": {"importlib.import_module": 1},  # the module that `launch` is called with
     "runtime/external_launch.py": {"importlib.import_module": 1},  # the module of a command, which rank 0 sends
     "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
