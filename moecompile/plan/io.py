@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -57,8 +58,10 @@ def _plan_of(text: str, source: str) -> Plan:
     if isinstance(estimate, dict) and isinstance(fits := estimate.get("fits"), bool):  # of version 0.2.0
         body["estimate"] = estimate = {**estimate, "fits": IF_EVEN if fits else TOO_LARGE, "remedies": []}
     assumes = estimate.get("assumes") if isinstance(estimate, dict) else None
-    if isinstance(assumes, dict):  # version 0.2.0 knew it by the name of the precision
-        assumes.setdefault("number_bytes", 2 if "bf16" in str(assumes.get("precision")) else 4)
+    if isinstance(assumes, dict) and "number_bytes" not in assumes:  # version 0.2.0 had it in words
+        precision = str(assumes.get("precision"))
+        stored = re.search(r"on weights of (\d+) bytes", precision)
+        assumes["number_bytes"] = int(stored[1] if stored else 4) if precision.startswith("fp32") else 2
     plan = _build(Plan, body, source)
     assert isinstance(plan, Plan)
     return plan

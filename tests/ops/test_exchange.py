@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import UnboundAxisError
 from moecompile.ops import traffic
+from tests.tiny import fake_rank
 
 op = torch.ops.moecompile
 
@@ -164,3 +166,11 @@ def test_an_unbound_axis_raises_and_says_what_to_do(name: str) -> None:
 def test_an_unbound_axis_raises_beside_a_bound_one(axis: str) -> None:
     with pytest.raises(UnboundAxisError, match="'ep'"):
         op.all_to_all(torch.zeros(1, 2), table(1), 0, False, "ep")
+
+
+def test_bytes_are_counted_for_the_ranks_of_the_group_that_sends() -> None:
+    """Also in a process that had another world before, whose group had the same name."""
+    for size in (2, 3):
+        with fake_rank(0, size):
+            traffic.add(dist.group.WORLD, [1] * size)
+            assert traffic.take() == dict.fromkeys(range(size), 1)

@@ -242,7 +242,9 @@ def test_a_plan_of_version_020_which_says_whether_it_fits_by_a_bool_is_read(befo
     assert read is not None and (read.fits, read.remedies) == (now, ())
 
 
-@pytest.mark.parametrize(("precision", "number"), [("fp32", 4), ("bf16_params", 2)])
+@pytest.mark.parametrize(
+    ("precision", "number"), [("fp32", 4), ("fp32 on weights of 2 bytes", 2), ("bf16_mixed on weights of 8 bytes", 2)]
+)
 def test_a_plan_of_version_020_has_the_bytes_of_its_precision(precision: str, number: int) -> None:
     body = yaml.safe_load(to_yaml(a_plan()))
     del body["estimate"]["assumes"]["number_bytes"]

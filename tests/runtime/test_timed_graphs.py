@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import moecompile
 from moecompile.passes.recompute import recompute
-from moecompile.runtime.profile import TimedGraphs
+from moecompile.runtime.profile import StepProfile, TimedGraphs, Times, TrafficMeter
 from moecompile.torch_private import in_backward
+from tests.plan.plans import a_plan
 from tests.tiny import TinyGPT
 
 
@@ -75,3 +78,11 @@ def test_a_micro_batch_without_a_backward_is_followed_by_others() -> None:
     assert "forward" not in vars(model)
     (times,) = graphs.times.values()
     assert len(times.seconds) == 1
+
+
+def test_exchanges_are_those_of_a_layer_by_its_whole_name(tmp_path: Path) -> None:
+    plan = a_plan()
+    profile = StepProfile(plan, tmp_path, 9, TrafficMeter(plan.mesh), routes=False)
+    rows = [{"op": op} for op, _ in plan.layers[0].scheduled_steps]
+    for path, found in (("model.layers.0.mlp", len(rows)), ("model.other_layers.0.mlp", 0)):
+        assert len(profile._exchanges({path: Times(exchanges=rows)})) == found
