@@ -193,9 +193,7 @@ def certify(
         ArgumentError: an argument that breaks a rule.
     """
     _check_functions({"build": build, "parallelize": parallelize, "batch": batch, "loss": loss or next_token_loss})
-    _check_arguments(mesh, reduction, same_batch, dtype, steps, accumulation)
-    if not timeout_s > 0:
-        raise ArgumentError("timeout_s", timeout_s, "it must be more than 0", "Give seconds, such as 120")
+    _check_arguments(mesh, reduction, same_batch, dtype, steps, accumulation, timeout_s)
     job = _Job(
         build=build, parallelize=parallelize, batch=batch, axes=Axes(dict(mesh)), loss=loss or next_token_loss,
         reduction=reduction, same_batch=tuple(same_batch), steps=steps, accumulation=accumulation, recompute=recompute,
@@ -239,7 +237,7 @@ def _check_functions(functions: Mapping[str, object]) -> None:
 
 def _check_arguments(
     mesh: Mapping[str, int], reduction: str, same_batch: Sequence[str], dtype: torch.dtype, steps: int,
-    accumulation: int,
+    accumulation: int, timeout_s: float,
 ) -> None:  # fmt: skip
     if not isinstance(mesh, Mapping) or not mesh or any(not _is_count(size) for size in mesh.values()):
         shown = dict(mesh) if isinstance(mesh, Mapping) else mesh
@@ -253,6 +251,8 @@ def _check_arguments(
     for name, value in (("steps", steps), ("accumulation", accumulation)):
         if not _is_count(value):
             raise ArgumentError(name, value, "it must be at least 1", f"Give {name}=1 or more")
+    if not timeout_s > 0:
+        raise ArgumentError("timeout_s", timeout_s, "it must be more than 0", "Give seconds, such as 120")
 
 
 def _is_count(value: object) -> bool:
