@@ -112,7 +112,13 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["score"]:
         rows, features = map(Path, words[1:3])
         runs, left_out = read_runs(rows, features)
-        print(json.dumps({**summary(errors(runs, calibrated())), "left_out": left_out}, indent=2))
+        made = {run.id: tokens_s(run, calibrated()) for run in runs}
+        rows_of = {
+            run.id: f"{run.group}, {run.layout.gpus} GPUs: {made[run.id]:,.0f} of {run.tokens_s:,.0f} tokens/s, "
+            f"{100 * (made[run.id] / run.tokens_s - 1):+.0f}%"
+            for run in runs
+        }
+        print(json.dumps({"rows": rows_of, **summary(errors(runs, calibrated())), "left_out": left_out}, indent=2))
         return
     runs, left_out = read_runs()
     constants = write_calibration(runs) if words[:1] == ["fit"] else dict(calibrated())

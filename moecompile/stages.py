@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class Stage:
     units: tuple[Unit, ...]
     receives: tuple[Crossing, ...] = ()
 
-    @property
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Paths of its layers."""
         return tuple(unit.path for unit in self.units if unit.is_layer)
@@ -76,7 +76,11 @@ class Stage:
 
     def holds(self, path: str) -> bool:
         """Whether the module or weight at `path` belongs to it."""
-        return any(path == unit.path or path.startswith(f"{unit.path}.") for unit in self.units)
+        return f"{path}.".startswith(self._starts)
+
+    @cached_property
+    def _starts(self) -> tuple[str, ...]:
+        return tuple(f"{unit.path}." for unit in self.units)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ What a row does not say is assumed, the same for all rows, and counted in `Run.a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from moecompile.compose import compose_config
 from moecompile.planner.cost_model.counts import Counts, count
 from moecompile.planner.cost_model.inputs import Layout, Machine, Software, machine_of
 from moecompile.planner.cost_model.seconds import step_seconds
-from moecompile.planner.cost_model.shapes import ModelShape, training_flops
+from moecompile.planner.cost_model.shapes import Layer, ModelShape, training_flops
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 DATA = ("published.yaml", "published_features.yaml", "models.yaml")
@@ -121,6 +121,8 @@ def _run(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Run:
     model, box = models()[row["model"]], machine(row["system"])
     if row.get("variant") == "w/o MTP":
         model = replace(model, layers=tuple(model.main_layers()))
+    if share := row.get("recompute_share"):
+        model = replace(model, layers=tuple(part for layer in model.layers for part in _repeated(layer, share)))
     layout, assumed = layout_of(row, model)
     software, more = _software(row, recipe)
     measured = row.get("tokens_s_gpu") or row["tflops_gpu"] * 1e12 / training_flops(model, row["seq"])
@@ -129,6 +131,14 @@ def _run(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Run:
         counts=count(model, layout, box, software), tokens_s=float(measured), real="real" in row["routing"],
         weight=DOUBTED if "low weight" in row.get("note", "") else 1.0, assumed=(*assumed, *more),
     )  # fmt: skip
+
+
+def _repeated(layer: Layer, share: float) -> Iterator[Layer]:
+    """Equal layers, of which backward computes a share again."""
+    again = round(layer.count * share)
+    for number, what in ((again, ("full",)), (layer.count - again, ())):
+        if number:
+            yield replace(layer, count=number, recompute=what)
 
 
 def layout_of(row: Mapping[str, Any], model: ModelShape) -> tuple[Layout, list[str]]:
@@ -156,7 +166,8 @@ def _software(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> tuple
         whole = recipe["cuda_graph"] == "full_iteration"
         graph = ("all",) if whole else tuple(GRAPHS.get(part, part) for part in recipe["graph_scope"])
         dispatcher, overlap = recipe["dispatcher"], recipe["ep_overlap"]
-        return _make(bits, dispatcher, overlap, graph, recipe["fused_grouped_mlp"], tuple(recipe["recompute"])), []
+        made = _make(bits, dispatcher, overlap, graph, recipe["fused_grouped_mlp"], tuple(recipe["recompute"]))
+        return replace(made, grad_bits=recipe.get("grad_bits", made.grad_bits)), []
     stated = row.get("recompute") or ""
     again = [RECOMPUTED.get(part.strip(), part.strip()) for part in stated.split(",")]
     recompute = tuple(part for part in again if part and part != "none stated")

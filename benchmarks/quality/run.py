@@ -8,8 +8,9 @@
     python benchmarks/quality/tables.py                 # tables and pictures of what is there
 
 Several processes can work side by side: a unit is taken by a lock. Each runs in a process of its own with one thread
-(a real model: with two), and leaves `curves/NAME.json`, which is never overwritten. Weights of parents and logs are in
-`runs/quality`; where parents are missing they are made again.
+(a real model: with two), goes on from its last checkpoint if it was ended (8 in a run), and leaves
+`curves/NAME.json`, which is never overwritten. Weights of parents, checkpoints and logs are in `runs/quality`; where
+parents are missing they are made again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -150,6 +152,11 @@ def run_unit(unit: Unit, folder: Path = study.CURVES) -> None:
         from quality import unit as one
 
         result = one.run(unit)
+    _write_result(unit, result, folder)
+    shutil.rmtree(study.unfinished(unit), ignore_errors=True)
+
+
+def _write_result(unit: Unit, result: dict[str, Any], folder: Path) -> None:
     path = folder / unit.path.name
     if path.exists() and "weights_hash" in result:
         if json.loads(path.read_text())["weights_hash"] == result["weights_hash"]:

@@ -255,6 +255,14 @@ def differs(unit: Unit, parent_hash: str | None, results: Mapping[Unit, Mapping[
     return None
 
 
+# -- runs that are not finished -------------------------------------------------------------------------------------
+
+
+def unfinished(unit: Unit) -> Path:
+    """Where a run has its checkpoints, until its result is written."""
+    return FOLDER / "unfinished" / f"{unit.name}-{unit.hash}"
+
+
 # -- weights of parents ---------------------------------------------------------------------------------------------
 
 

@@ -8,15 +8,17 @@ Algorithm:
   4. Loads of experts are counted over the validation windows of each source, and of the other domain.
   5. FLOPs are counted twice: by moecompile's plan, and by torch's counter on transformers' own model of the same shape
      with its plain loop over experts, which multiplies all pairs of positions where the plan has those that are seen.
+
+A run saves checkpoints in `study.unfinished` and goes on from the last one; it computes the same as without.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moecompile.atomic import creating, write_text
 from moecompile.compose import compose_config
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
@@ -45,6 +48,20 @@ from quality.study import DOMAINS, ROWS, SEQ, VOCAB, Unit, hash_of_parent, paren
 # -- the run --------------------------------------------------------------------------------------------------------
 
 
+class Spent:
+    """Wall and CPU seconds of this process and of those before it that were ended, with what they computed in vain."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.start, self.cpu = path, time.time(), time.process_time()
+        self.before: list[float] = json.loads(path.read_text()) if path.exists() else [0.0, 0.0]
+
+    def note(self) -> tuple[float, float]:
+        """Writes both down, for a process after this one."""
+        spent = self.before[0] + time.time() - self.start, self.before[1] + time.process_time() - self.cpu
+        write_text(self.path, json.dumps(spent))
+        return spent
+
+
 def run(unit: Unit) -> dict[str, Any]:
     """Runs a unit and returns its result."""
     torch.set_num_threads(unit.threads)
@@ -54,15 +71,19 @@ def run(unit: Unit) -> dict[str, Any]:
     )  # fmt: skip
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            return _run(unit, Path(folder))
+        folder = study.unfinished(unit)
+        folder.mkdir(parents=True, exist_ok=True)
+        return _run(unit, folder)
     finally:
         dist.destroy_process_group()
 
 
 def _run(unit: Unit, folder: Path) -> dict[str, Any]:
     parent_hash = hash_of_parent(unit.parent) if unit.parent else None
-    config = compose_config([*study.overrides(unit), *_source(unit, folder)])
+    every = unit.steps // study.POINTS
+    # Between validations: what was validated is on disk with the next checkpoint, and the last one would be missing.
+    going_on = [f"trainer.save_interval={2 * every - 1}", "trainer.keep_last=1", "trainer.resume=auto"]
+    config = compose_config([*study.overrides(unit), *going_on, *_source(unit, folder)])
     validate(config)
     text = _texts(unit, config)
     order = order_of(unit, len(text.parent), len(text.branch))
@@ -77,9 +98,9 @@ def _run(unit: Unit, folder: Path) -> dict[str, Any]:
     compiled = compile_with_report(model, config, example=example, plan=none if is_dense else None)
     by_plan = training_flops(shape_of_model(before, compiled.plan), SEQ)
     by_counter = counted_flops(unit.size, unit.arm)
-    start, cpu = time.time(), time.process_time()
-    outcome = train(compiled.model, compiled.plan, config, data, folder / "run")
-    wall_s, cpu_s = time.time() - start, time.process_time() - cpu
+    spent = Spent(folder / "spent.json")
+    outcome = train(compiled.model, compiled.plan, config, data, folder / "run", on_row=spent.note)
+    wall_s, cpu_s = spent.note()
     result = {
         "unit": unit.name, "settings": unit.settings, "settings_hash": unit.hash, "parent_hash": parent_hash,
         "text_sha256": text.sha256, "order_sha256": hashlib.sha256(order.numpy().tobytes()).hexdigest(),
@@ -110,7 +131,7 @@ def _source(unit: Unit, folder: Path) -> list[str]:
     if unit.parent is not None:
         source = parent_folder(unit.parent)
     else:
-        source = folder / "new"
+        source = folder / "new"  # made again, the same
         seed = study.PARENT_SEED if unit.seed is None else unit.seed
         new_model(unit.size, unit.arm, seed).save_pretrained(source)
     return [f"model.pretrained={source}", f"data.vocab_size={VOCAB}", "data.tokenizer=train"]
@@ -147,6 +168,7 @@ def _curve(run_dir: Path, first: float | None, bytes_per_token: float) -> list[d
             tokens = step * ROWS * SEQ
             per_byte = values["val"] / bytes_per_token
             points.append({"step": step, "tokens": tokens, "seconds": 0.0, **values, "val_per_byte": per_byte})
+    assert len(points) == study.POINTS + 1, [point["step"] for point in points]
     return points
 
 
@@ -172,7 +194,6 @@ def _loads(model: nn.Module, unit: Unit, text: texts.Texts) -> dict[str, dict[st
 
 def _write_parent(unit: Unit, model: nn.Module, text: texts.Texts) -> str:
     """Writes the folder of a parent and returns the hash of its weights (step 3)."""
-    from moecompile.atomic import creating
     from moecompile.export.huggingface import find_target, write
     from moecompile.pipeline import plan_of
 

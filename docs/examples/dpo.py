@@ -89,7 +89,7 @@ def read(folder: Path, path: Path) -> tuple[PreTrainedModel, list[Pair]]:
         begin, end = tokenizer(prompt)["input_ids"], tokenizer.eos_token or ""
         return begin + tokenizer(text + end, add_special_tokens=False)["input_ids"], len(begin)
 
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     pairs = [(answer(line["prompt"], line["chosen"]), answer(line["prompt"], line["rejected"])) for line in lines]
     model = AutoModelForCausalLM.from_pretrained(folder)
     return model, [(i, *pair) for i, pair in enumerate(pairs)]
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="?", type=Path, help="JSON lines")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs of a rank")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="by default 1e-6, of the small model 1e-3")
     parser.add_argument("--out", type=Path, default=Path("preferred"), help="a folder for the result")
     given = parser.parse_args()
     if (given.folder is None) is not (given.pairs is None):
@@ -124,7 +124,7 @@ def main() -> None:
 
     seed_everything(0, verbose=False)  # every rank begins with the same weights
     model, pairs = made_up() if given.folder is None else read(given.folder, given.pairs)
-    module = DPO(model, len(pairs), given.lr)
+    module = DPO(model, len(pairs), given.lr or (1e-3 if given.folder is None else 1e-6))
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         strategy="expert_parallel", accelerator="auto", devices=RANKS, max_epochs=given.epochs, gradient_clip_val=1.0,

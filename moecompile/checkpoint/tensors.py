@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,30 @@ def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
         raise ConfigError(
             "export.checkpoint", folder, "holds neither a DCP checkpoint nor safetensors", "Name a folder that does"
         )
+
+
+@torch.no_grad()
+def load_mean(folders: Sequence[Path], weights: Mapping[str, Tensor]) -> None:
+    """Fills `weights` in place with the mean of checkpoints of one run, in fp32 at least; it needs memory for one more
+    model. What has no fractions (counts, ids) is that of the last one.
+
+    Raises:
+        ConfigError: as `load_weights`.
+    """
+    if len(folders) == 1:
+        return load_weights(folders[0], weights)
+    sums = {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+        if weight.is_floating_point()
+    }
+    for folder in folders:
+        load_weights(folder, weights)
+        for name, total in sums.items():
+            total += weights[name]
+    for name, total in sums.items():
+        weights[name].copy_(total.div_(len(folders)))
+    return None
 
 
 def _load_dcp(folder: Path, weights: Mapping[str, Tensor]) -> None:

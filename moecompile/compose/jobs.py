@@ -92,7 +92,7 @@ def report(error: Exception, *, debug: bool) -> int:
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         error = UserError(
             f"{error.filename or 'the run directory'}: {error.strerror}. A run directory must be one that can be "
-            "written, give another one: hydra.run.dir=FOLDER."
+            "written, give another one: hydra.run.dir=FOLDER, for a sweep hydra.sweep.dir=FOLDER."
         )
     is_ours = isinstance(error, MoecompileError)
     waiting.done()

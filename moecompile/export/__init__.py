@@ -3,13 +3,14 @@
 from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
 from moecompile.export.families import FAMILIES, pairs
-from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
-from moecompile.export.run import PLAN, Run, find_run, load_exported, load_run, reload_by_rows, write_native
+from moecompile.export.huggingface import find_target, refuse_drops, reload, write, write_tokenizer
+from moecompile.export.run import PLAN, Run, averaged, find_run, load_exported, load_run, reload_by_rows, write_native
 
 __all__ = [
     "FAMILIES",
     "PLAN",
     "Run",
+    "averaged",
     "carry",
     "compare",
     "find_run",
@@ -18,6 +19,7 @@ __all__ = [
     "load_exported",
     "load_run",
     "pairs",
+    "refuse_drops",
     "reload",
     "reload_by_rows",
     "with_adapters",

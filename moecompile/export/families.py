@@ -464,6 +464,8 @@ def _cohere2_moe(form: MoEForm, dense: Any) -> dict[str, Any]:
         "shared_expert_combination_strategy": "sum",
         "mlp_layer_types": kinds,
         "prefix_dense_intermediate_size": dense.intermediate_size,
+        "rope_parameters": dense.rope_parameters,  # they are read, but the keys of before are declared
+        "rope_theta": dense.rope_parameters["rope_theta"],
     }
 
 

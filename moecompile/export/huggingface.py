@@ -149,12 +149,24 @@ def _own_config(config: Any, plan: Plan, requested: str | None) -> Any:
     if requested not in (None, family):
         rule = f"the model had its experts before and stays {family}"
         raise ConfigError("export.family", requested, rule, f"Use {family}")
+    refuse_drops(plan, requested)
     for layer in plan.layers:
         if isinstance(layer.site, ExpertsSite) and layer.site.form == "modules":
             raise no_pair(requested, f"{layer.site.fqn} had one module per expert and is one stack now")
     own = copy.deepcopy(config)
     vars(own).pop("auto_map", None)  # refers to code, which is not copied
     return own
+
+
+def refuse_drops(plan: Plan, requested: str | None) -> None:
+    """Refuses existing experts with a capacity of ours: in transformers they would compute what they drop here.
+
+    Raises:
+        ConfigError: there are some. That no token of the example is dropped says nothing.
+    """
+    for layer in plan.layers:
+        if (factor := layer.routing.capacity_factor) is not None:
+            raise no_pair(requested, f"routing.capacity_factor={factor} drops tokens of {layer.site.fqn}")
 
 
 def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moecompile import plan as plans
-from moecompile.checkpoint.folders import seal
-from moecompile.checkpoint.tensors import latest_checkpoint, load_weights
+from moecompile.checkpoint.folders import seal, step_folder, steps
+from moecompile.checkpoint.tensors import latest_checkpoint, load_mean
 from moecompile.compose import RESOLVED, load_resolved, save_resolved
 from moecompile.errors import ConfigError
 from moecompile.models.build import example_inputs, pretrained_folder
@@ -34,12 +34,13 @@ PLAN, TOKENIZER = "plan.yaml", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Run:
-    """folder: the run directory. checkpoint: the folder with the weights."""
+    """folder: the run directory. checkpoint: the folder with the weights. before: those to take the mean with."""
 
     folder: Path
     checkpoint: Path
     config: Config
     plan: Plan
+    before: tuple[Path, ...] = ()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -75,6 +76,31 @@ def find_run(
     return Run(folder, weights, config, plans.read(folder / PLAN))
 
 
+def averaged(run: Run, number: int) -> Run:
+    """The run with the mean of its checkpoint and those before it, `number` in all.
+
+    Raises:
+        ConfigError: there are fewer, or the mean would not be that of what was trained.
+    """
+    if number == 1:
+        return run
+    if run.plan.adapters is not None:
+        rule = "of A and of B, the two weights of an adapter, is not that of their products"
+        raise ConfigError("export.average", number, f"the mean {rule}", "Leave it out, or train without adapters")
+    if run.plan.lookups:
+        rule = "would need the tables whole in memory, whose rows were spread over ranks"
+        raise ConfigError("export.average", number, rule, "Leave it out")
+    folder = run.checkpoint.resolve()
+    known = [step_folder(folder.parent, step) for step in steps(folder.parent)]
+    before = known[: known.index(folder)] if folder in known else []
+    if len(before) < number - 1:
+        raise ConfigError(
+            "export.average", number, f"{run.checkpoint} and what is before it are {len(before) + 1} checkpoints",
+            "Use fewer; trainer.save_interval and trainer.keep_last decide how many there are",
+        )  # fmt: skip
+    return replace(run, before=tuple(before[-number + 1 :]))
+
+
 def load_run(run: Run, tables: Path | None = None) -> nn.Module:
     """The model on one device, in evaluation mode, rewritten by the run's plan and filled from its checkpoint.
 
@@ -90,7 +116,7 @@ def load_run(run: Run, tables: Path | None = None) -> nn.Module:
     model = source_structure(run.config) if tables is None or not run.plan.lookups else _on_disk(run, tables)
     example = example_inputs(model, run.config.data.seq_len)
     model = compile_with_report(model, run.config, example=example, plan=run.plan, until="rewrite").model
-    load_weights(run.checkpoint, model.state_dict())
+    load_mean([*run.before, run.checkpoint], model.state_dict())
     return model.eval()
 
 

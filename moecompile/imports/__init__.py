@@ -4,6 +4,7 @@ settings.py    what a file says, and the fate of each key
 shell.py       shell scripts, without running them
 models.py      models by their widths or their published names
 megatron.py    Megatron-Core: shell scripts and YAML
+primus.py      Primus: YAML that names other files, as flags of Megatron-Core
 axolotl.py     axolotl: YAML
 torchtitan.py  torchtitan: TOML, and Python that is parsed
 yaml_file.py   YAML with lines

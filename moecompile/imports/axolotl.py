@@ -19,7 +19,17 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import named, taken
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
+from moecompile.imports.settings import (
+    NO_EFFECT,
+    NO_EQUAL,
+    ON,
+    Caller,
+    Draft,
+    Setting,
+    Settings,
+    machine_of,
+    warmup_of,
+)
 from moecompile.imports.yaml_file import leaves, mapping_of
 from moecompile.schema import OptimizerConfig
 
@@ -39,7 +49,7 @@ def read_axolotl(path: Path, text: str, caller: Caller) -> Draft:
     for key, value, line in leaves(mapping_of(path, text)):  # Step 1
         name = re.sub(r"^fsdp_config\.(fsdp_)?", "fsdp_config.", key)
         found[name] = Setting(key=name, value=value, line=line)
-    found |= {name: Setting(key=name, value=value) for name, value in caller.names.items()}
+    found |= {name: Setting(key=name, value=value, given=name) for name, value in caller.names.items()}
     s = Settings(path=str(path), found=found, fates=FATES)
     if not s.has("base_model") or not (s.has("micro_batch_size") or s.has("datasets")):
         fix = "Give a YAML file as axolotl's examples are"
@@ -158,12 +168,19 @@ def _zero(s: Settings) -> int:
     return 3
 
 
+_OFFLOADED = ("offload", "offload_disk")
+
+
 def _trainer(s: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    whole = s.on("gradient_checkpointing", "trainer.checkpointing=full") if s.has("gradient_checkpointing") else False
-    found["checkpointing"] = (
-        "full" if s.on("fsdp_config.activation_checkpointing", "trainer.checkpointing=full") or whole else "none"
-    )
+    whole = s.word("gradient_checkpointing", "trainer.checkpointing=full")
+    if whole in _OFFLOADED:
+        s.assume("gradient_checkpointing", whole, "no equal here: inputs of layers stay on the GPU")
+    elif whole is not None and whole.lower() not in ON:
+        known = ("true", "false", *_OFFLOADED)
+        raise s.error("gradient_checkpointing", "is not known", f"Known are {', '.join(known)}")
+    within = s.on("fsdp_config.activation_checkpointing", "trainer.checkpointing=full")
+    found["checkpointing"] = "full" if within or whole else "none"
     if (steps := s.whole("max_steps", "trainer.max_steps", least=-1)) is not None and steps > 0:
         found["max_steps"] = steps
     return found

@@ -1,7 +1,9 @@
-"""Arguments of Megatron-Core: a shell script, or YAML with flags (`MODEL_ARGS`), as a draft of a recipe.
+"""Arguments of Megatron-Core: a shell script, YAML with flags (`MODEL_ARGS`), or an experiment of Primus, as a draft of
+a recipe.
 
 Algorithm:
-  1. Flags with values and lines: of a script (shell.py), or of YAML, whose `${NAME}` the caller gives.
+  1. Flags with values and lines: of a script (shell.py), of YAML, whose `${NAME}` the caller gives, or of files that
+     an experiment names (primus.py).
   2. The model: the type of transformers with the same attention and FFNs, and its widths.            -> `_model`
   3. The layout and the batch; the number of GPUs is what the launcher's flags or variables say.      -> `_layout`
   4. The software: dispatcher, precision, what overlaps, CUDA graphs, recomputation.                  -> `_stack`
@@ -15,14 +17,29 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from itertools import accumulate
 from math import gcd
 from pathlib import Path
 from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import shipped, vocabulary
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
+from moecompile.imports.primus import FLAGS, is_primus, of_primus, spelled
+from moecompile.imports.settings import (
+    NO_EFFECT,
+    NO_EQUAL,
+    Caller,
+    Draft,
+    Setting,
+    Settings,
+    machine_of,
+    unknown_name,
+    warmup_of,
+)
 from moecompile.imports.shell import expanded, read_script
 from moecompile.imports.yaml_file import leaves, mapping_of
 
@@ -53,14 +70,18 @@ def read_megatron(path: Path, text: str, caller: Caller) -> Draft:
     """
     is_yaml = path.suffix in (".yaml", ".yml")
     if is_yaml:
-        found, variables = _of_yaml(path, text, caller.names), dict(caller.names)
+        given = _Asked(caller.names)
+        found, variables, asked = _of_yaml(path, text, given), dict(caller.names), given.asked
         launch, unread = dict[str, Setting](), list[tuple[int, str, str]]()
     else:
         script = read_script(text, caller.names, str(path))
         found, variables, launch, unread = script.settings, script.variables, script.launch, script.unread
-    flags = {name.replace("_", "-"): value for name, value in caller.names.items() if name.islower()}
-    found = {**found, **{key: Setting(key=key, value=value) for key, value in flags.items() if key in _KNOWN}}
-    settings = Settings(path=str(path), found=found, fates=FATES, spelled=lambda key: f"--{key}")
+        asked = set()
+    used = asked | {name for name in caller.names if _is_variable(name, text)}
+    named = (*found.values(), *_given(caller.names, used).values())
+    found = {key: replace(each, key=key) for each in named for key in [FLAGS.get(each.key, each.key)]}
+    spells = spelled if any(setting.source for setting in found.values()) else (lambda key: f"--{key}")
+    settings = Settings(path=str(path), found=found, fates=FATES, spelled=spells)
     if not settings.has("num-layers") or not settings.has("hidden-size"):
         raise ConfigError(
             "file", path, "has no arguments of Megatron-Core for a model (--num-layers, --hidden-size)",
@@ -73,14 +94,52 @@ def read_megatron(path: Path, text: str, caller: Caller) -> Draft:
             settings.assume(f"line {line}", " ".join(known), f"not read: {why}")
     model = _model(settings, caller.conf)
     layout = _layout(settings, launch, variables, caller)
-    draft = Draft(name=_name(path), model=model, **layout, stack=_stack(settings), values=_training(settings, layout))
+    stack = _stack(settings, layout["workload"])
+    draft = Draft(name=_name(path), model=model, **layout, stack=stack, values=_training(settings, layout))
     draft.rows = settings.finish()
     return draft
 
 
+class _Asked(dict[str, str]):
+    """Names with values, and which of them were asked for."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__(names)
+        self.asked: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+
+def _is_variable(name: str, text: str) -> bool:
+    """Whether a file uses or sets a name, in arithmetic without `$`; in lower case it may be a word of a flag, too."""
+    word = rf"\b{re.escape(name)}\b"
+    used = rf"\$\{{?[#!]?{word}|{word}=|\(\((?:(?!\)\)).)*{word}"
+    return re.search(used if name.islower() else word, text) is not None
+
+
+def _given(names: Mapping[str, str], used: Collection[str]) -> dict[str, Setting]:
+    """Flags of the command line: names in lower case that are no variables of the file, or that must have a value.
+
+    Raises:
+        ConfigError: another name is not used.
+    """
+    found: dict[str, Setting] = {}
+    for name, value in names.items():
+        key = name.replace("_", "-")
+        if name.islower() and (name not in used or key in _KNOWN):
+            found[key] = Setting(key=key, value=value, given=name)
+        elif name not in (*used, *_NODES, *_PER_NODE):
+            raise unknown_name(name, value)
+    return found
+
+
 def _of_yaml(path: Path, text: str, given: Mapping[str, str]) -> dict[str, Setting]:
-    """Flags of YAML: those of `MODEL_ARGS`, or of all mappings; `true` is a flag, `false` is none."""
+    """Flags of YAML: those of `MODEL_ARGS`, of an experiment, or of all mappings; `true` is a flag, `false` none."""
     node = mapping_of(path, text)
+    if is_primus(node):
+        return of_primus(path, node, given)
     arguments = [value for key, value in node.value if key.value == "MODEL_ARGS"]
     found: dict[str, Setting] = {}
     for dotted, value, line in leaves(arguments[0] if arguments else node):
@@ -143,11 +202,12 @@ def _family(s: Settings) -> str:
         return "gpt_oss"
     if s.on("multi-latent-attention", "model.architecture with latent attention"):
         return "deepseek_v3" if sigmoid else "deepseek_v2"
-    if sigmoid or (shared and s.has("moe-layer-freq") and not s.has("moe-shared-expert-gate")):
+    every = all(_pattern(s, _needed(s, "num-layers", "model.config.num_hidden_layers")))
+    if sigmoid or (shared and not every and not s.has("moe-shared-expert-gate")):
         return "glm4_moe"
     if shared:
         return "qwen2_moe"
-    return "qwen3_moe" if s.has("qk-layernorm") or s.has("moe-layer-freq") else "mixtral"
+    return "mixtral" if every and not s.has("qk-layernorm") else "qwen3_moe"
 
 
 def _widths(s: Settings, family: str) -> dict[str, Any]:
@@ -180,6 +240,7 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     channels = s.whole("kv-channels", "model.config.head_dim")
     renormalized = not s.on("moe-router-pre-softmax", "model.config.norm_topk_prob")
     if family in ("mixtral", "gpt_oss"):
+        s.say("qk-layernorm", "this model type has no norms of queries and keys", NO_EFFECT)
         if not renormalized and family == "mixtral":
             s.assume(
                 "--moe-router-pre-softmax", "true", "weights of a token are normalized all the same: no width changes"
@@ -199,7 +260,8 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     if family == "qwen2_moe":
         s.on("moe-shared-expert-gate", "model.architecture=qwen2_moe, whose shared expert has a gate")
         s.on("add-qkv-bias", "model.config.qkv_bias")
-        return config | {"shared_expert_intermediate_size": shared, "qkv_bias": s.has("add-qkv-bias")}
+        heads_of = {} if channels in (None, hidden // heads) else {"head_dim": channels}
+        return config | {"shared_expert_intermediate_size": shared, "qkv_bias": s.has("add-qkv-bias"), **heads_of}
     return config | {"head_dim": channels or hidden // heads}
 
 
@@ -368,12 +430,12 @@ def _virtual(s: Settings, pp: int) -> int:
     stages = s.whole("num-virtual-stages-per-pipeline-rank", "workload.vpp")
     layout = s.word("pipeline-model-parallel-layout", "workload.vpp; which layers a stage has is not kept")
     if layout is not None:
-        parts = _stages(layout.partition("#")[0].replace("\\", ""))
-        if parts is None or parts % pp:
+        parts = _stages(layout)
+        if not parts or len(parts) % pp:
             raise s.error(
                 "pipeline-model-parallel-layout", f"has no whole number of stages on {pp} ranks", "Correct it"
             )
-        return max(1, parts // pp)
+        return len(parts) // pp
     for key in _UNEVEN_STAGES:
         s.say(key, "stages with other numbers of layers: even ones are priced, the fullest counts", NO_EQUAL)
     if stages is not None:
@@ -389,13 +451,14 @@ def _virtual(s: Settings, pp: int) -> int:
     return whole // (pp * per_stage)
 
 
-def _stages(layout: str) -> int | None:
-    """The stages of `Et*4|(tttt|)*14tmL`: parts between bars, with `(...)*n` and `x*n` repeated."""
-    text, before = layout.strip("\"' "), ""
+def _stages(layout: str) -> list[str]:
+    """The stages of `Et*4|(tttt|)*14tmL`: parts between bars, with `(...)*n` and `x*n` repeated; none if it is none."""
+    text, before = layout.partition("#")[0].replace("\\", "").strip("\"' "), ""
     while text != before:
         before = text
         text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda match: match[1] * min(int(match[2]), 1000), text)
-    return None if "(" in text or not text else text.count("|") + 1
+        text = re.sub(r"(\w)\*(\d+)", lambda match: match[1] * min(int(match[2]), 1000), text)
+    return [] if "(" in text or not text else text.split("|")
 
 
 def _mesh(
@@ -496,7 +559,7 @@ def _zero(s: Settings) -> int:
 # -- step 4: the software --------------------------------------------------------------------------------------------
 
 
-def _stack(s: Settings) -> dict[str, Any]:
+def _stack(s: Settings, workload: Mapping[str, Any]) -> dict[str, Any]:
     dispatcher = _dispatcher(s)
     share = (
         {"value": 0.82, "source": "conf/stack/nccl.yaml: alltoall over HybridEP (arXiv 2603.07685, table 7)"}
@@ -506,13 +569,13 @@ def _stack(s: Settings) -> dict[str, Any]:
     stack: dict[str, Any] = {
         "bits": _bits(s), "dispatcher": dispatcher,
         "overlap": s.on("overlap-moe-expert-parallel-comm", "stack.overlap"),
-        "graph": _graph(s), "recompute": _recomputed(s), "wire_share": share,
+        "graph": _graph(s), **_recomputed(s, workload), "wire_share": share,
         "comm_units": {"value": 20, "source": "DeepSeek-V3 report, section 3.2.2"},
     }  # fmt: skip
-    if units := s.whole("moe-hybridep-num-sms", "stack.comm_units") or s.whole(
-        "moe-deepep-num-sms", "stack.comm_units"
-    ):
-        stack["comm_units"] = {"value": units, "source": "the imported file"}
+    units = (s.whole(key, "stack.comm_units") for key in ("moe-hybridep-num-sms", "moe-deepep-num-sms"))
+    turbo = s.whole("turbo-deepep-num-cu", "stack.comm_units") if _is_turbo(s) else None
+    if known_units := next(filter(None, (*units, turbo)), None):
+        stack["comm_units"] = {"value": known_units, "source": "the imported file"}
     if s.word("grad-reduce-in-bf16", "stack.grad_bits") or s.word("main-grads-dtype", "stack.grad_bits") == "bf16":
         stack["grad_bits"] = 16
     s.on("use-precision-aware-optimizer", "stack.moment_bits, with the types below")
@@ -527,27 +590,38 @@ def _dispatcher(s: Settings) -> str:
     backend = s.word("moe-flex-dispatcher-backend", "stack.dispatcher", {"deepep": "", "hybridep": ""})
     if s.on("moe-enable-deepep", "stack.dispatcher=deepep"):
         return "deepep"
+    if _is_turbo(s):
+        s.on("use-turbo-deepep", "stack.dispatcher=deepep")
+        s.on("enable-primus-turbo", "stack.dispatcher, with use_turbo_deepep")
+        return "deepep"
     if kind is None:
         s.assume("--moe-token-dispatcher-type", "allgather", "Megatron-Core's default")
         return "allgather"
     return backend or "deepep" if kind == "flex" else DISPATCHERS[kind]
 
 
+def _is_turbo(s: Settings) -> bool:
+    """Whether Primus exchanges tokens by its own DeepEP."""
+    return s.has("enable-primus-turbo") and s.has("use-turbo-deepep")
+
+
 def _bits(s: Settings) -> int:
-    recipe = s.word("fp8-recipe", "stack.bits; the scaling of blocks is not priced apart")
-    if s.word("fp4-format", "stack.bits=4"):
-        return 4
-    if s.word("fp8-format", "stack.bits=8") or s.word("fp8", "stack.bits=8") or recipe:
-        return 8
+    fp4, fp8 = s.word("fp4-format", "stack.bits=4"), s.word("fp8-format", "stack.bits=8")
+    if fp8:
+        s.say("fp8-recipe", "stack.bits; the scaling of blocks is not priced apart")
+    s.say("fp8-recipe", "without --fp8-format nothing is in FP8", NO_EFFECT)
+    if fp4 or fp8:
+        return 4 if fp4 else 8
     return 16 if s.has("bf16") or s.has("fp16") else 32
 
 
 def _graph(s: Settings) -> list[str]:
     kind = s.word("cuda-graph-impl", "stack.graph")
     on = s.on("enable-cuda-graph", "stack.graph") or s.on("external-cuda-graph", "stack.graph")
-    scope = s.word("cuda-graph-scope", "stack.graph")
     if kind in (None, "none") and not on:
+        s.say("cuda-graph-scope", "no graphs are made", NO_EFFECT)
         return []
+    scope = s.word("cuda-graph-scope", "stack.graph")
     words = (scope or "").replace(",", " ").split()
     if "full_iteration" in words or "full" in words:
         return ["all"]
@@ -560,22 +634,19 @@ def _graph(s: Settings) -> list[str]:
     return [GRAPHED[word] for word in words]
 
 
-def _recomputed(s: Settings) -> list[str]:
+def _recomputed(s: Settings, workload: Mapping[str, Any]) -> dict[str, Any]:
+    """What backward computes again, and in which share of the layers."""
     kind = s.word("recompute-granularity", "stack.recompute", {"full": "", "selective": ""})
     modules = s.word("recompute-modules", "stack.recompute; core_attn is what fused attention does anyway")
     if s.on("moe-layer-recompute", "stack.recompute=[moe]"):
-        return ["moe"]
-    if (
-        s.on("recompute-activations", "stack.recompute=[]: core_attn is what fused attention does anyway")
-        and kind is None
-    ):
-        return []
-    method = s.word("recompute-method", "stack.recompute=[full]")
-    count = s.whole("recompute-num-layers", "stack.recompute=[full]", least=0)
+        return {"recompute": ["moe"]}
+    attention = "stack.recompute=[]: core_attn is what fused attention does anyway"
+    if s.on("recompute-activations", attention) and kind is None:
+        return {"recompute": []}
     if kind == "full":
-        if method == "block":
-            s.assume("--recompute-method block", count, "every layer is computed again, not only the first of a stage")
-        return ["full"]
+        return _whole_layers(s, workload)
+    for key in ("recompute-method", "recompute-num-layers", "recompute-layer-ids"):
+        s.say(key, "is of --recompute-granularity full", NO_EFFECT)
     words = (modules or "core_attn").replace(",", " ").split() if kind == "selective" else []
     if unknown := [word for word in words if word not in (*RECOMPUTED, "core_attn", "shared_experts")]:
         raise s.error(
@@ -583,7 +654,47 @@ def _recomputed(s: Settings) -> list[str]:
         )
     if "shared_experts" in words:
         s.assume("--recompute-modules shared_experts", "none", "the shared expert alone is not computed again here")
-    return [RECOMPUTED[word] for word in words if word in RECOMPUTED]
+    return {"recompute": [RECOMPUTED[word] for word in words if word in RECOMPUTED]}
+
+
+def _whole_layers(s: Settings, workload: Mapping[str, Any]) -> dict[str, Any]:
+    """All layers; with `block` the first ones of each virtual stage; or those that are listed, of which the rank of a
+    pipeline that has most sets the pace.
+    """
+    layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
+    if s.has("recompute-layer-ids"):
+        share = _most_listed(s, layers, workload)
+        s.say("recompute-layer-ids", f"stack.recompute_share={share:.4g}: as the rank that computes most layers again")
+        for key in ("recompute-method", "recompute-num-layers"):
+            s.say(key, "the layers are listed", NO_EFFECT)
+    elif s.word("recompute-method", "which layers", {"uniform": "", "block": ""}) == "block":
+        first = s.whole("recompute-num-layers", "stack.recompute_share: of the layers of a virtual stage", least=0)
+        if first is None:
+            raise s.error("recompute-method", "needs the number of layers", "Give set.recompute_num_layers=N")
+        share = min(1.0, first * int(workload["pp"]) * int(workload["vpp"]) / layers)
+    else:
+        s.say("recompute-num-layers", "how many layers are kept together; all are computed again")
+        share = 1.0
+    if not 0 < share < 1:
+        return {"recompute": ["full"] if share else []}
+    return {"recompute": ["full"], "recompute_share": float(f"{share:.4g}")}
+
+
+def _most_listed(s: Settings, layers: int, workload: Mapping[str, Any]) -> float:
+    """Layers that a rank computes again over those of the mean rank, of the rank with the most; by the file's stages,
+    or even ones.
+    """
+    words = re.split(r"[\s,]+", s.found["recompute-layer-ids"].value.strip("[] "))
+    if not all(word.isdigit() and int(word) < layers for word in words):
+        raise s.error("recompute-layer-ids", f"must be numbers of layers below {layers}", "Correct it")
+    ranks = int(workload["pp"])
+    stages = ranks * int(workload["vpp"])
+    ends = [round(layers * (i + 1) / stages) for i in range(stages)]
+    if s.has("pipeline-model-parallel-layout"):
+        said = _stages(s.found["pipeline-model-parallel-layout"].value)
+        ends = list(accumulate(stage.count("t") for stage in said))
+    again = Counter(bisect_right(ends, layer) % ranks for layer in {int(word) for word in words})
+    return min(1.0, max(again.values()) * ranks / layers)
 
 
 # -- step 5: the router and the optimizer ----------------------------------------------------------------------------
@@ -687,7 +798,9 @@ FATES: dict[str, tuple[str, str]] = {
         "timing-log-level", "tensorboard-dir", "tensorboard-queue-size", "tensorboard-log-interval", "wandb-project",
         "wandb-exp-name", "wandb-entity", "wandb-save-dir", "moe-per-layer-logging", "profile", "profile-step-start",
         "profile-step-end", "profile-ranks", "use-pytorch-profiler", "timing-log-option",
-        "log-loss-scale-to-tensorboard", "log-world-size-to-tensorboard",
+        "log-loss-scale-to-tensorboard", "log-world-size-to-tensorboard", "log-avg-skip-iterations",
+        "log-avg-reset-interval", "stderr-sink-level", "file-sink-level", "disable-wandb", "disable-tensorboard",
+        "disable-mlflow", "mlflow-run-name", "mlflow-experiment-name", "use-rocm-mem-info", "use-rocm-mem-info-iters",
     ), _LOGS),
     **dict.fromkeys((
         "save", "load", "save-interval", "save-retain-interval", "eval-iters", "eval-interval", "exit-interval",
@@ -698,7 +811,8 @@ FATES: dict[str, tuple[str, str]] = {
         "tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "no-create-attention-mask-in-dataloader",
         "dataloader-type", "reset-position-ids", "reset-attention-mask", "eod-mask-loss", "pretrained-checkpoint",
         "use-checkpoint-args", "no-use-tokenizer-model-from-checkpoint-args", "dist-ckpt-format", "ckpt-convert-save",
-        "ckpt-convert-format", "hf-model-ckpt", "per-split-data-args-path",
+        "ckpt-convert-format", "hf-model-ckpt", "per-split-data-args-path", "auto-continue-train",
+        "disable-last-saving",
     ), _FILES),
     **dict.fromkeys((
         "use-mcore-models", "transformer-impl", "use-flash-attn", "attention-backend", "use-fused-attn",
@@ -715,7 +829,12 @@ FATES: dict[str, tuple[str, str]] = {
         "keep-fp8-transpose-cache", "main-params-dtype", "attention-softmax-in-fp32", "rerun-mode",
         "microbatch-group-size-per-virtual-pipeline-stage", "train-sync-interval", "use-tp-pp-dp-mapping",
         "overlap-p2p-communication", "overlap-p2p-communication-warmup-flush", "no-overlap-p2p-communication",
-        "is-hybrid-model", "spec", "use-te",
+        "is-hybrid-model", "spec", "use-te", "gradient-accumulation-fusion", "bias-swiglu-fusion", "bias-gelu-fusion",
+        "bias-dropout-fusion", "masked-softmax-fusion", "overlap-p2p-comm", "enable-primus-turbo",
+        "use-turbo-attention", "use-turbo-gemm", "use-turbo-grouped-mlp", "use-turbo-grouped-gemm",
+        "use-turbo-rms-norm", "use-turbo-fused-act-with-probs", "use-turbo-deepep", "turbo-deepep-num-cu",
+        "turbo-deepep-use-comm-stream", "turbo-sync-free-moe-stage", "moe-use-fused-router-with-aux-score",
+        "pp-warmup",
     ), _STARTS),
     **dict.fromkeys((
         "init-method-std", "seed", "rotary-percent", "rotary-seq-len-interpolation-factor", "rotary-scaling-factor",
@@ -728,6 +847,7 @@ FATES: dict[str, tuple[str, str]] = {
         "loss-scale", "loss-scale-window", "hysteresis", "weight-decay-incr-style", "start-weight-decay",
         "end-weight-decay", "accumulate-allreduce-grads-in-fp32", "rampup-batch-size", "no-weight-decay-cond-type",
         "qk-l2-norm", "no-rope-freq", "rotary-interleaved", "rope-scaling-factor", "disable-bias-linear",
+        "num-shared-experts",
     ), _EXACT),
     **dict.fromkeys((
         "overlap-grad-reduce", "overlap-param-gather", "overlap-param-gather-with-optimizer-step", "tp-comm-overlap",
@@ -756,6 +876,14 @@ FATES: dict[str, tuple[str, str]] = {
     "softmax-type": (NO_EQUAL, "attention is that of the model type"),
     "fim-rate": (NO_EQUAL, "the objective is the next token"),
     "add-qkv-bias": (NO_EQUAL, "the model type has no biases there"),
+    "add-bias-linear": (NO_EQUAL, "the model type has no biases there"),
+    "use-sink-attention": (NO_EQUAL, "attention is that of the model type"),
+    "use-turbo-mega-moe": (NO_EQUAL, "exchange and products are priced apart, as without it"),
+    "use-rocmoe": (NO_EQUAL, "exchange and products are priced apart, as without it"),
+    "patch-zero-bubble": (NO_EQUAL, "the pipeline is priced as 1F1B"),
+    "enable-zero-bubble": (NO_EQUAL, "the pipeline is priced as 1F1B"),
+    "patch-primus-pipeline": (NO_EQUAL, "the pipeline is priced as 1F1B"),
+    "pp-algorithm": (NO_EQUAL, "the pipeline is priced as 1F1B"),
 }  # fmt: skip
 """Flags that nobody reads -> what becomes of them."""
 
@@ -767,7 +895,8 @@ _NEEDED = frozenset((
     "expert-model-parallel-size", "expert-tensor-parallel-size", "num-layers-per-virtual-pipeline-stage",
     "num-virtual-stages-per-pipeline-rank", "pipeline-model-parallel-layout", "seq-length", "micro-batch-size",
     "global-batch-size", "mtp-num-layers", "moe-token-dispatcher-type", "moe-flex-dispatcher-backend", "fp8-format",
-    "fp8-recipe", "fp4-format", "recompute-granularity", "recompute-modules", "moe-expert-capacity-factor",
+    "fp8-recipe", "fp4-format", "recompute-granularity", "recompute-modules", "recompute-method",
+    "recompute-num-layers", "recompute-layer-ids", "moe-expert-capacity-factor",
     "moe-router-num-groups", "moe-router-group-topk", "moe-router-score-function", "moe-router-load-balancing-type",
     "moe-aux-loss-coeff",
 ))  # fmt: skip

@@ -21,17 +21,29 @@ KINDS = (TAKEN, ASSUMED, NO_EQUAL, UNKNOWN, NO_EFFECT)
 """Kinds of a row, in the order of the report."""
 Value = TypeVar("Value")
 _OFF = ("false", "no", "off", "none", "null", "")
-_ON = ("true", "yes", "on")
+ON = ("true", "yes", "on")
+"""Words in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A key of a file. value: as text; `true` for a flag without one. missing: names without a value within it."""
+    """A key of a file. value: as text; `true` for a flag without one. missing: names without a value within it.
+    source: the file that says it, if it is one that the given file names. is_default: of a table of defaults, which
+    is not listed where nothing is made of it. given: `set.NAME` of the command line, which must be known.
+    """
 
     key: str
     value: str
     line: int | None = None
     missing: tuple[str, ...] = ()
+    source: str | None = None
+    is_default: bool = False
+    given: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is said, for messages."""
+        return f" (line {self.line})" if self.line else f" (in {self.source})" if self.source else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +82,10 @@ class Settings:
         if key not in self.found:
             return False
         value = self._text(key)
-        if value.lower() not in (*_OFF, *_ON):
+        if value.lower() not in (*_OFF, *ON):
             raise self.error(key, "must be true or false", "Correct the file")
         self.say(key, becomes, kind)
-        return value.lower() in _ON
+        return value.lower() in ON
 
     def whole(self, key: str, becomes: str, kind: str = TAKEN, *, least: int = 1) -> int | None:
         """A whole number, or None without the key."""
@@ -123,25 +135,34 @@ class Settings:
             return
         self._read.add(key)
         setting = self.found[key]
+        if setting.is_default and not self.has(key):
+            return
         if kind == NO_EQUAL and not self.has(key):
             kind, text = NO_EFFECT, "is off"
+        text += f" ({setting.source})" if setting.source else ""
         spelled, value = self.spelled(key), _shown(setting.value)
         self.rows.append(Row(kind=kind, key=spelled, value=value, text=text, line=setting.line))
 
     def finish(self) -> list[Row]:
-        """All rows: those of keys that nobody has read follow `fates`, and the rest is unknown."""
-        for key in self.found:
+        """All rows: those of keys that nobody has read follow `fates`, and the rest is unknown.
+
+        Raises:
+            ConfigError: the command line gives a key that is unknown.
+        """
+        for key, setting in self.found.items():
             kind, text = self.fates.get(key, (UNKNOWN, "not known here, so nothing was made of it"))
-            self.say(key, text, kind)
+            if kind == UNKNOWN and key not in self._read and setting.given is not None:
+                raise unknown_name(setting.given, setting.value)
+            if not setting.is_default:
+                self.say(key, text, kind)
         order = {kind: i for i, kind in enumerate(KINDS)}
         return sorted(self.rows, key=lambda row: (order[row.kind], row.line is None, row.line or 0))
 
     def error(self, key: str, rule: str, fix: str) -> ConfigError:
         """The error about a key of the file, with its line."""
         setting = self.found.get(key)
-        line = f" (line {setting.line})" if setting is not None and setting.line else ""
-        value = None if setting is None else setting.value
-        return ConfigError(f"{self.path}{line}: {self.spelled(key)}", value, rule, fix)
+        place, value = ("", None) if setting is None else (setting.place, setting.value)
+        return ConfigError(f"{self.path}{place}: {self.spelled(key)}", value, rule, fix)
 
     def refuse_missing(self, keys: Iterable[str]) -> None:
         """Refuses the file if a name without a value is within one of these keys, and says all such names.
@@ -153,7 +174,7 @@ class Settings:
         if not bad:
             return
         names = list(dict.fromkeys(name for setting in bad for name in setting.missing))
-        where = ", ".join(f"{self.spelled(each.key)} (line {each.line})" for each in bad)
+        where = ", ".join(f"{self.spelled(each.key)}{each.place}" for each in bad)
         given = [name for name in names if name.replace("_", "").isalnum() and not name.isdigit()]
         fix = f"Give {' '.join(f'set.{name}=VALUE' for name in given)}" if given else "Write the value into a copy"
         if len(given) < len(names):
@@ -177,6 +198,12 @@ class Settings:
         return number
 
 
+def unknown_name(name: str, value: str) -> ConfigError:
+    """The error about `set.NAME` that nothing uses."""
+    rule = "is no name that the file leaves open, and no key that is known here"
+    return ConfigError(f"set.{name}", value, rule, "Correct the name, or leave it out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Caller:
     """What the command line says beside the file.
@@ -192,7 +219,7 @@ class Caller:
     says_model: bool = False
 
 
-_MACHINES = ("gb300", "gb200", "b300", "b200", "h200", "h800", "h100", "a100")
+_MACHINES = ("gb300", "gb200", "b300", "b200", "h200", "h800", "h100", "a100", "mi300x", "mi325x", "mi355x")
 
 
 def warmup_of(settings: Settings, key: str, warmup: int, steps: int | None) -> dict[str, int]:

@@ -23,7 +23,17 @@ from typing import Any
 
 from moecompile.errors import ConfigError
 from moecompile.imports.models import named, taken
-from moecompile.imports.settings import NO_EFFECT, NO_EQUAL, Caller, Draft, Setting, Settings, machine_of, warmup_of
+from moecompile.imports.settings import (
+    NO_EFFECT,
+    NO_EQUAL,
+    Caller,
+    Draft,
+    Setting,
+    Settings,
+    machine_of,
+    unknown_name,
+    warmup_of,
+)
 from moecompile.schema import OptimizerConfig
 
 _FLAVORS = {
@@ -51,7 +61,9 @@ def read_torchtitan(path: Path, text: str, caller: Caller) -> Draft:
         section = next((each for each in _LONG_SECTIONS if name.startswith(f"{each}_")), name.partition("_")[0])
         key = f"{section}.{name.removeprefix(section)[1:]}"
         if name != "config":
-            found[key] = Setting(key=key, value=value)
+            found[key] = Setting(key=key, value=value, given=name)
+        elif path.suffix == ".toml":
+            raise unknown_name(name, value)
     s = Settings(path=str(path), found=found, fates=FATES)
     if not any(key.startswith("training.") for key in found):
         fix = "Give a job config of torchtitan, or a config_registry.py"

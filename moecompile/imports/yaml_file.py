@@ -28,19 +28,30 @@ def mapping_of(path: Path, text: str) -> yaml.MappingNode:
     return node
 
 
+def pairs(node: yaml.MappingNode) -> dict[str, yaml.Node]:
+    """The keys of a mapping and their values; of a key that is there twice the last one."""
+    return {str(key.value): value for key, value in node.value}
+
+
 def leaves(node: yaml.MappingNode, prefix: str = "") -> Iterator[Leaf]:
     """All values of a mapping, but those that are null."""
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         if isinstance(value, yaml.MappingNode):
             yield from leaves(value, f"{name}.")
-        elif value.tag != "tag:yaml.org,2002:null":
-            yield name, _text(value), key.start_mark.line + 1
+        elif not is_null(value):
+            yield name, text_of(value), key.start_mark.line + 1
 
 
-def _text(node: yaml.Node) -> str:
+def is_null(node: yaml.Node) -> bool:
+    """Whether a value is none."""
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def text_of(node: yaml.Node) -> str:
+    """A value as text; `null` is that word, however it is written."""
     if isinstance(node, yaml.SequenceNode):
-        return " ".join(_text(each) for each in node.value)
+        return " ".join(text_of(each) for each in node.value)
     if isinstance(node, yaml.MappingNode):
-        return ", ".join(f"{key.value}: {_text(value)}" for key, value in node.value)
-    return str(node.value)
+        return ", ".join(f"{key.value}: {text_of(value)}" for key, value in node.value)
+    return "null" if is_null(node) else str(node.value)

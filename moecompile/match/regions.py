@@ -91,7 +91,8 @@ class Captured:
     """regions: path -> region, of the selected kind. region_of: site -> path of its region. sites: in model order.
     others: sites of the other kind, which stay. refused: what looks like a site but cannot be rewritten, and why.
     boundaries: where the model may be cut, if that was asked for. tables: embedding tables that are large enough for
-    their rows to be spread. readers: path of each module that reads some of these -> its region.
+    their rows to be spread. readers: path of each module that reads some of these -> its region. idle: linears that do
+    not run, in modules that do.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class Captured:
     boundaries: Boundaries | None = None
     tables: list[FoundLookup] = field(default_factory=list)
     readers: dict[str, Region] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
     @property
     def summary(self) -> str:

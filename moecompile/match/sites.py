@@ -506,7 +506,7 @@ def capture_regions(
         ConfigError: `auto` finds only experts that cannot be rewritten, `existing` finds none, or some run more than
             once.
     """
-    captured = Captured()
+    captured = Captured(idle=_idle(recording))
     existing = find_existing(recording, captured, prove)  # Step 1
     paths = [region.path for region, _ in existing]
     selected = _selected(kind, len(existing), captured.refused)  # Step 2
@@ -527,6 +527,17 @@ def capture_regions(
     order = {path: i for i, path in enumerate(recording.calls)}
     captured.sites.sort(key=lambda site: order[captured.region_of[site.fqn]])
     return captured
+
+
+def _idle(recording: Recording) -> frozenset[str]:
+    """Linears that did not run, in modules that did: these read their weights at most (Jamba's `dt_proj`). On the meta
+    device experts run without what is in them.
+    """
+    model = recording.model
+    ran = {model.get_submodule(path) for path in recording.calls}
+    idle = [path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each not in ran]
+    owners = {path: model.get_submodule(path.rpartition(".")[0]) for path in idle}
+    return frozenset(path for path, owner in owners.items() if owner in ran and not may_be_experts(owner))
 
 
 def _check_run_once(recording: Recording, paths: Iterable[str]) -> None:

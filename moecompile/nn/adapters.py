@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from moecompile.nn.own_router import OwnRouter
 from moecompile.nn.placement import expert_orders, global_rows
+from moecompile.routing import is_of_router
 from moecompile.torch_private import local_block, local_part
 
 _ADAPTER = re.compile(r"(^|\.)lora_(?P<side>[AB])\.")
@@ -98,10 +100,21 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
-def own_router(block: nn.Module, experts: nn.Module, num_experts: int) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the block, module) of the model's own router: it has one row per expert and is not in the experts."""
-    inside = set(experts.modules())
+def own_router(
+    block: nn.Module, experts: nn.Module, num_experts: int, source: str | None = None
+) -> list[tuple[str, nn.Module]]:
+    """(path in the block, module) of the model's own router: it has one row per expert, is not in the experts, and is
+    where the logits come from, if one such module is.
+
+    Args:
+        source: path in the block of the module that returns them; None: what `experts` read, once they are rewritten.
+    """
+    inside, reader, found = set(experts.modules()), getattr(experts, "own_router", None), list[tuple[str, nn.Module]]()
     for path, module in block.named_modules():
         rows = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 2}
         if path and module not in inside and num_experts in rows and side_of(f"{path}.") is None:
-            yield path, module
+            found.append((path, module))
+    if source is None and isinstance(reader, OwnRouter):
+        source = reader.source[0]
+    known = [each for each in found if source is not None and is_of_router(each[0], source)]
+    return known or found

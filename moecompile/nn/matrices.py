@@ -2,13 +2,15 @@
 
 A hidden matrix multiplies activations of a layer: a two-dimensional weight inside the model's layers (of a model
 without a list of layers, anywhere), and one matrix per expert of a stacked weight. None are embeddings, output heads
-(what is outside of the layers), routers, biases (also stacked ones) and vectors.
+(what is outside of the layers), routers, convolutions and vectors, also stacked ones: biases of each expert or
+position, scales of each head, decay rates of each channel.
 
 Legend: E experts, O d_out, I d_in, F expert width, D model dim.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from moecompile.nn.experts import Experts
 from moecompile.nn.router import Router
 
 _STACKED = 3  # dims
+_VECTORS = re.compile(r"(^|[._])(bias|bias_table|scale|A_log)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +69,18 @@ def hidden_matrices(model: nn.Module) -> dict[str, Layout]:
         if id(parameter) in layouts:
             if parameter.ndim == _STACKED or layouts[id(parameter)].joined:
                 found[name] = layouts[id(parameter)]
-        elif parameter.ndim == 2 and min(parameter.shape) > 1 and id(parameter) not in outside:
+        elif (
+            parameter.ndim == 2 and min(parameter.shape) > 1 and id(parameter) not in outside and not are_vectors(name)
+        ):
             found[name] = Layout(transposed=id(parameter) in in_out)
     return found
 
 
-def stacked_biases(model: nn.Module) -> set[nn.Parameter]:
-    """The biases of experts: a vector of each in a parameter of two dims."""
-    of_experts = [
-        (owner, experts.names)
-        for owner in model.modules()
-        for experts in (owner, *owner.children())
-        if isinstance(experts, Experts if experts is owner else ExistingExperts)
-    ]
-    return {owner.get_parameter(name) for owner, names in of_experts for name in names if name.endswith("_bias")}
+def are_vectors(name: str) -> bool:
+    """Whether a weight is applied number by number, as its name says: a vector, or one of each expert, head, position
+    or channel (the `A_log` of Mamba).
+    """
+    return _VECTORS.search(name) is not None
 
 
 def _stacked(model: nn.Module) -> Iterator[tuple[int, Layout]]:
@@ -114,8 +115,16 @@ def _alternates(experts: ExistingExperts) -> bool:
     return bool(changed[0, 0])
 
 
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether the weights that are its own are filters, also of two dims; GPT-2's Conv1D is a linear, and so is every
+    `nn.Linear`, whatever its name (`ConvertedLinear`).
+    """
+    kind = type(module).__name__
+    return "Conv" in kind and not kind.endswith("Conv1D") and not isinstance(module, nn.Linear)
+
+
 def _outside(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are not in hidden layers, and of routers."""
+    """Ids of the parameters that are not in hidden layers, of routers and of convolutions."""
     kinds = (nn.Embedding, Router)
     modules = [*output_heads(model), *(module for module in model.modules() if isinstance(module, kinds))]
     for path, module in model.named_modules():
@@ -124,6 +133,8 @@ def _outside(model: nn.Module) -> set[int]:
             block = model.get_submodule(experts.rpartition(".")[0])
             modules += [router for _, router in own_router(block, model.get_submodule(experts), module.num_experts)]
     outside = {id(parameter) for module in modules for parameter in module.parameters()}
+    filters = [module for module in model.modules() if _is_convolution(module)]
+    outside |= {id(parameter) for module in filters for parameter in module.parameters(recurse=False)}
     layers = list(layers_of(model))
     if layers:
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -22,6 +22,8 @@ from moecompile.stages import Pipeline, Unit
 from moecompile.torch_private import own_modules, tree_leaves, tree_map_only, without_values
 
 _PASSAGE = "_moecompile_passage"
+_INSIDE = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""Arguments by which a model of transformers notes what its layers make: here those of a stage alone."""
 _STAGE = 0x9E3779B97F4A7C15  # odd and large: seeds of neighbouring stages are far apart
 
 
@@ -215,6 +217,11 @@ def cut_into_stages(
             raise MoecompileError(
                 "this rank has some stages of the model alone, so the model can be called in training_step, "
                 "validation_step, test_step and predict_step only, where the strategy runs all stages"
+            )
+        if asked := [name for name in _INSIDE if kwargs.get(name)]:
+            raise MoecompileError(
+                f"the model is called with {', '.join(asked)}, and a stage of a pipeline has what its own layers make "
+                "alone: leave it out (balance=aux balances routers), or use no stages"
             )
         passage.calls += 1
         if passage.calls > 1:

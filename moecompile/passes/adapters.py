@@ -99,7 +99,7 @@ def routers_to_train(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Mod
     for site in (layer.site for layer in plan.layers):
         assert isinstance(site, ExpertsSite)
         path = site.fqn.rpartition(".")[0]
-        found = list(own_router(model.get_submodule(path), model.get_submodule(site.fqn), site.num_experts))
+        found = own_router(model.get_submodule(path), model.get_submodule(site.fqn), site.num_experts)
         if len(found) != 1:
             raise PlanError(
                 "adapters.train_router", True, f"{path} has {len(found)} modules with a row per expert, not one router",

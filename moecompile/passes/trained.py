@@ -125,7 +125,8 @@ def kinds_of(model: nn.Module, plan: Plan) -> dict[nn.Parameter, str]:
     for site in (layer.site for layer in plan.layers):
         if isinstance(site, ExpertsSite):
             block = model.get_submodule(site.fqn.rpartition(".")[0])
-            routers += [module for _, module in own_router(block, model.get_submodule(site.fqn), site.num_experts)]
+            choices = site.num_experts + site.num_identity
+            routers += [module for _, module in own_router(block, model.get_submodule(site.fqn), choices)]
     for kind, modules in (("embeddings", outer), ("routers", routers)):
         kinds |= {parameter: kind for module in modules for parameter in module.parameters()}
     stacked = {owner.get_parameter(name) for owner, name in expert_parameters(model)}

@@ -30,6 +30,7 @@ from moecompile.planner.params import AttentionFact
 _TOLERATED_ROUNDING = 64  # times the precision of the dtype: experts may group other tokens
 _IDS = "input_ids"
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def attention_of(model: nn.Module, example: Example | None) -> tuple[tuple[AttentionFact, ...], str]:
@@ -59,10 +60,25 @@ def _static_reason(model: nn.Module, example: Example | None) -> str:
         return f"has layers with a state across positions ({stateful[0] if stateful else 'as its class says'})"
     if (name := implementation_of(model)) not in IMPLEMENTATIONS:
         return f"uses attn_implementation={name}, and only {' and '.join(IMPLEMENTATIONS)} take whole masks here"
-    for rate in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if dropped := getattr(text, rate, None):
-            return f"has {rate}={dropped}, which would be drawn alike for the parts of a sequence"
+    if dropped := _dropped(model, text):
+        return f"has {dropped}, which would be drawn alike for the parts of a sequence"
     return "" if list(layers_of(model)) else "has no list of layers"
+
+
+def _dropped(model: nn.Module, text: Any) -> str:
+    """A rate of dropout that is not 0, with its name: in the config, of a module, or one that a module passes on. Names
+    in configs differ (Seed-OSS has `residual_dropout`), and not every key is read.
+    """
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if rate := getattr(text, name, None):
+            return f"{name}={rate}"
+    for path, module in model.named_modules():
+        rates = {name: rate for name, rate in vars(module).items() if "drop" in name and name != "layerdrop"}
+        if isinstance(module, _DROPOUTS):
+            rates["p"] = module.p
+        if found := next((name for name, rate in rates.items() if isinstance(rate, float) and rate > 0), None):
+            return f"{path}.{found}={rates[found]}".lstrip(".")
+    return ""
 
 
 class _Probe:

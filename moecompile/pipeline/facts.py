@@ -18,7 +18,7 @@ from moecompile.match.experts import ExpertsMatch
 from moecompile.match.ffn import FFNMatch
 from moecompile.match.regions import Captured, Match, Region
 from moecompile.mesh import Part, axes_that_split
-from moecompile.nn.adapters import output_heads
+from moecompile.nn.adapters import output_heads, own_router
 from moecompile.nn.matrices import hidden_matrices
 from moecompile.nn.own_router import own_losses
 from moecompile.nn.padding import are_of_mask
@@ -29,6 +29,7 @@ from moecompile.pipeline.kept import KeptLayers, dtype_of_most, kinds_of
 from moecompile.plan import ATTENTION, FFN, HEADS_STYLE, NORMS, ExpertsSite, Lookup
 from moecompile.planner import ModelFacts
 from moecompile.planner.params import FP32_BYTES, UNNAMED, CutFacts, LayerFact, SplitFact, TableFact, WeightFact
+from moecompile.routing import is_of_router
 from moecompile.schema import LEAST_NUMBERS, MeshConfig
 from moecompile.torch_private import own_parameters
 
@@ -62,31 +63,34 @@ def facts_of(
     splits = splits_of(model, captured or Captured())
     attention, no_context = attention_of(model, example) if has_parts else ((), "")
     of_layers = _layers(model, layers, captured or Captured())
-    config, masks = getattr(model, "config", None), _masks(model, example)
-    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    masks = _masks(model, example)
+    routers, router_params = _routers(model, captured or Captured())
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
     return ModelFacts(
         params_total=sum(parameter.numel() for parameter in model.parameters()),
         params_embedding=outside if layers else 0,
         num_layers=len(layers),
-        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
+        vocab_size=_size(model, "vocab_size"),
         bytes_per_param=dtype_of_most(model.parameters()).itemsize,
         causal=True if hasattr(model, "generate") else None,  # as in language models of transformers
         frozen=_frozen(model),
         linears=_linears(model),
+        idle=captured.idle if captured is not None else frozenset(),
         has_padding_mask=bool(masks),
         unmasked=_unmasked(model, masks, captured or Captured()),
         split=splits,
         no_split=no_split(model),
         matrices=_matrices(model),
         heads=heads_of(model),
-        d_model=hidden,
+        d_model=_size(model, "hidden_size"),
         kept=None if example is None else KeptLayers(model, example, of_layers, splits),
         attention=attention,
         no_context=no_context,
         widened=getattr(model, WIDENED, ""),
         own_losses=own_losses(model),
         no_adapters=_no_adapters(captured or Captured()),
+        routers=routers,
+        router_params=router_params,
         apart=apart,
         apart_frozen=frozen,
         apart_bytes=apart_bytes,
@@ -144,9 +148,10 @@ def _cut(model: nn.Module, captured: Captured | None) -> CutFacts | None:
             put(model, absent)
         return found if has_head else replace(found, vocab_size=0, has_head=False)
 
+    tied = () if of.refused else of.tied
     return CutFacts(
-        refused=of.refused, layers=tuple(of.layers), units=whole, tied=() if of.refused else of.tied,
-        stages=cache(of.stages), facts=facts,
+        refused=of.refused, layers=tuple(of.layers), units=whole, tied=tied, stages=cache(of.stages), facts=facts,
+        tied_numbers=sum(model.get_parameter(first).numel() for first, _ in tied),
     )  # fmt: skip
 
 
@@ -282,6 +287,29 @@ def _no_adapters(captured: Captured) -> dict[str, str]:
     return {fqn: match.no_adapters for fqn, match in matches if isinstance(match, ExpertsMatch) and match.no_adapters}
 
 
+def _routers(model: nn.Module, captured: Captured) -> tuple[dict[str, str], dict[str, int]]:
+    """`ModelFacts.routers` and `router_params`."""
+    found, params = dict[str, str](), dict[str, int]()
+    for fqn, match in (each for region in captured.regions.values() for each in region.matches.items()):
+        if not isinstance(match, ExpertsMatch) or match.router is None or _module(model, fqn) is None:
+            continue
+        block = fqn.rpartition(".")[0]
+        source = match.router.path.removeprefix(f"{block}.")
+        own = own_router(model.get_submodule(block), model.get_submodule(fqn), match.router.num_choices, source)
+        if any(is_of_router(path, source) for path, _ in own):
+            found[fqn] = match.router.path
+            params[fqn] = sum(parameter.numel() for parameter in own[0][1].parameters())
+    return found, params
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None: it is of another stage."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def _tokens(region: Region, match: Match) -> tuple[int, ...] | None:
     """The shape of the tokens that a site gets from the example; None: unknown."""
     if isinstance(match, FFNMatch):
@@ -325,6 +353,16 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def language_config(model: nn.Module) -> Any:
+    """The model's config, or the part of it for the language model of one that also sees or hears (Gemma 3)."""
+    return _text_config(model) if output_heads(model) else getattr(model, "config", None)
+
+
+def _size(model: nn.Module, name: str) -> int:
+    configs = getattr(model, "config", None), language_config(model)
+    return next((int(size) for config in configs if (size := getattr(config, name, 0))), 0)
+
+
 def heads_of(model: nn.Module) -> dict[str, int]:
     """`ModelFacts.heads`."""
     config = _text_config(model)
@@ -336,8 +374,9 @@ def no_split(model: nn.Module) -> str:
     """Why the model cannot be split over `tp`; empty: it can."""
     if not getattr(model, "tp_plan", None):
         return f"{type(model).__name__} has no tp_plan, which says how its weights are split"
-    if dropout := getattr(_text_config(model), "attention_dropout", None):
-        return f"attention_dropout={dropout} of {type(model).__name__} would be drawn alike for the heads of every rank"
+    for name in ("attention_dropout", "attn_pdrop"):
+        if dropout := getattr(_text_config(model), name, None):
+            return f"{name}={dropout} of {type(model).__name__} would be drawn alike for the heads of every rank"
     return ""
 
 

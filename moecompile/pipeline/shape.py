@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from moecompile.capture import layers_of
+from moecompile.pipeline.facts import language_config
 from moecompile.pipeline.kept import dtype_of_most
 from moecompile.plan import ExpertsSite, FFNSite, LayerPlan, Plan, PlannedSite
 from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan
@@ -37,7 +38,7 @@ _SCANS = (
 
 def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
     """The shape."""
-    config = getattr(model, "config", None)
+    own, config = getattr(model, "config", None), language_config(model)
     paths = {id(module): path for path, module in model.named_modules()}
     layers = list(layers_of(model)) or [model]
     planned: dict[str, list[LayerPlan]] = {paths[id(layer)]: [] for layer in layers}
@@ -46,7 +47,9 @@ def shape_of_model(model: nn.Module, plan: Plan) -> ModelShape:
         if owner is not None:
             planned[owner].append(site)
     hidden = _first(config, _HIDDEN) or max((site.site.d_model for site in plan.layers), default=1)
-    found = _mixers(config, len(layers), hidden)
+    of_config = set(layers if config is own else layers_of(model.get_decoder()))  # type: ignore[operator]
+    mixers = iter(_mixers(config, sum(layer in of_config for layer in layers), hidden))
+    found = [next(mixers) if layer in of_config else None for layer in layers]
     tables: set[object] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     tables |= {model.get_parameter(lookup.weight) for lookup in plan.lookups}
     each = [

@@ -79,6 +79,7 @@ from moecompile.planner.traffic import (
     rows_given,
 )
 from moecompile.ranges import Whole
+from moecompile.routing import is_of_router
 from moecompile.schema import (
     AdapterKind,
     Choice,
@@ -241,7 +242,8 @@ def _seconds(
 #   1. Refuse what adapters do not support: dense FFNs that become experts, and experts that are modules.
 #   2. Weights of experts whose path matches `adapters.experts`, which must be of a form that can have adapters. Such a
 #      layer is not fused: that op has no adapters.
-#   3. Linears whose path matches `adapters.dense`, but no routers.
+#   3. Linears whose path matches `adapters.dense`, but no routers, and none that do not run: a module that reads their
+#      weight would not read an adapter.
 #   4. A pattern that matches nothing is an error. So is a correction bias that follows the load of a frozen router.
 
 Layers = tuple[LayerPlan, ...]
@@ -267,7 +269,8 @@ def plan_adapters(
     known = [f"{layer.site.fqn}.{name}" for layer in layers for name in _weights(layer)]
     if chosen.experts is not None and not any(layer.adapters for layer in adapted):
         raise _no_match("adapters.experts", chosen.experts, "weights of experts", known)
-    linears = {path: sizes for path, sizes in facts.linears.items() if not _is_router(path, sizes, layers)}
+    run = {path: sizes for path, sizes in facts.linears.items() if path not in facts.idle}
+    linears = {path: sizes for path, sizes in run.items() if not _is_router(path, sizes, layers, facts)}
     matched = [path for path in linears if chosen.dense is not None and fnmatchcase(path, chosen.dense)]  # Step 3
     if chosen.dense is not None and not matched:
         raise _no_match("adapters.dense", chosen.dense, "linears", list(linears))
@@ -323,12 +326,14 @@ def _with_adapters(layer: LayerPlan, config: Config, facts: ModelFacts) -> Layer
     return replace(layer, adapters=adapters, fused=False, dispatch=dispatch)
 
 
-def _is_router(path: str, sizes: tuple[int, int], layers: Sequence[LayerPlan]) -> bool:
-    """Whether a linear is in the block of some experts and has one output per expert."""
+def _is_router(path: str, sizes: tuple[int, int], layers: Sequence[LayerPlan], facts: ModelFacts) -> bool:
+    """Whether a linear is in the block of some experts and has one output per expert; of the router, if it is known."""
     return any(
-        path.startswith(f"{layer.site.fqn.rpartition('.')[0]}.") and sizes[1] == layer.experts.num_routed
+        path.startswith(f"{layer.site.fqn.rpartition('.')[0]}.")
+        and sizes[1] == layer.experts.num_routed + layer.experts.num_identity
+        and is_of_router(path, facts.routers.get(layer.site.fqn, path))
         for layer in layers
-    )
+    )  # fmt: skip
 
 
 def _check_balance(layers: Sequence[LayerPlan], config: Config) -> None:

@@ -105,9 +105,10 @@ between split linears are counted whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 
 from moecompile.mesh import MeshSpec, Part
@@ -310,7 +311,8 @@ def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
 
 
 class Known:
-    """Bytes of MoE layers of a micro-batch, computed once for those that are alike (`LayerPlan.alike`).
+    """Bytes of the layers of a micro-batch, computed once; those of MoE layers once for those that are alike
+    (`LayerPlan.alike`).
 
     Of one mesh, and of runs that differ alone in what is computed again, in what a pipeline keeps, and in when
     gradients are reduced and weights gathered.
@@ -318,25 +320,27 @@ class Known:
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[_OfLayer, bool, Hashable], float] = {}
-        self._layers: dict[int, list[tuple[LayerBytes, int]]] = {}
+        self._most: dict[tuple[_OfLayer, bool, int], tuple[Sequence[LayerPlan], float]] = {}
+        self._layers: dict[int, tuple[ModelFacts, _AllLayers]] = {}
 
-    def of_each(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> list[float]:
-        """Of each of these layers."""
-        found: list[float] = []
-        for layer in layers:
-            key = of, run.keeps_whole_grads, layer.alike
-            if (value := self._bytes.get(key)) is None:
-                value = self._bytes[key] = of(layer, mesh, run)
-            found.append(value)
-        return found
+    def most(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> float:
+        """The most of one of these layers; 0 without any."""
+        key = of, run.keeps_whole_grads, id(layers)
+        if key not in self._most:  # which keeps the layers, whose id must not become another's
+            self._most[key] = layers, max((self._of(of, layer, mesh, run) for layer in layers), default=0)
+        return self._most[key][1]
 
-    def layers(
-        self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
-    ) -> list[tuple[LayerBytes, int]]:
-        """`layer_bytes`, and how many layers have these."""
+    def _of(self, of: _OfLayer, layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
+        key = of, run.keeps_whole_grads, layer.alike
+        if key not in self._bytes:
+            self._bytes[key] = of(layer, mesh, run)
+        return self._bytes[key]
+
+    def layers(self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> _AllLayers:
+        """What these layers, which are those of `facts`, can keep for backward."""
         if id(facts) not in self._layers:
-            self._layers[id(facts)] = list(Counter(layer_bytes(layers, mesh, facts, run).values()).items())
-        return self._layers[id(facts)]
+            self._layers[id(facts)] = facts, _AllLayers(layer_bytes(layers, mesh, facts, run).values())
+        return self._layers[id(facts)][1]
 
 
 _OfLayer = Callable[[LayerPlan, MeshSpec, RunFacts], float]
@@ -344,7 +348,7 @@ _OfLayer = Callable[[LayerPlan, MeshSpec, RunFacts], float]
 
 def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts, known: Known | None = None) -> int:
     """Bytes of buffers of an exchange (step 4)."""
-    rows = max((known or Known()).of_each(_exchanged_rows, layers, mesh, run), default=0)
+    rows = (known or Known()).most(_exchanged_rows, layers, mesh, run)
     lent = lending(layers, run)
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
@@ -478,27 +482,22 @@ def activations(
 def _of_layers(
     layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts, known: Known
 ) -> Activations:  # fmt: skip
-    each = known.layers(layers, mesh, facts, run)
-    made = max((of.made for of, _ in each), default=0.0)
-    backward = max(known.of_each(backward_bytes, layers, mesh, run), default=0)
-    backward = max(backward, row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes), made)
+    of = known.layers(layers, mesh, facts, run)
+    buffers = row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes)
+    backward = max(known.most(backward_bytes, layers, mesh, run), buffers, of.made)
     loss = LOGITS_COPIES * facts.vocab_size * max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    kept = sum(of.kept(None) * number for of, number in each) * run.in_flight
-    found = Activations(kept=kept, loss=loss, layers=backward, forward=made)
+    found = Activations(kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made)
     if run.checkpointing == "none":
         return found
-    forward = max((of.scores + of.made for of, _ in each), default=0.0)
     if run.checkpointing == BUDGET:
         chosen = {path: each for each in run.recomputed for path in each.layers}
         of_path = [(path, chosen.get(path), of) for path, of in layer_bytes(layers, mesh, facts, run).items()]
         at_once = max((of.again(what.parts) for _, what, of in of_path if what is not None), default=0.0)
         times = dict(run.in_flight_of)
         kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in of_path)
-        return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=forward)
-    whole = Recomputed(layers=(), parts=(LAYER,), modules=("",), sends=run.checkpointing == "full")
-    again = max((of.again(whole.parts) for of, _ in each), default=0.0)
-    kept = sum(of.kept(whole) * number for of, number in each) * run.in_flight
-    repeated = Activations(kept=kept, loss=loss, layers=again + backward, forward=forward)
+        return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=of.forward)
+    kept = of.kept_of_whole(run.checkpointing == "full") * run.in_flight
+    repeated = Activations(kept=kept, loss=loss, layers=of.again + backward, forward=of.forward)
     return min(found, repeated, key=lambda each: each.peak)
 
 
@@ -540,6 +539,38 @@ class LayerBytes:
     @property
     def _others(self) -> tuple[tuple[str, float], ...]:
         return (NORMS, self.norms), (ATTENTION, self.attention)
+
+
+class _AllLayers:
+    """`LayerBytes` of all layers of a rank, of one micro-batch.
+
+    Attributes:
+        kept: what all keep. made: the most that forward makes in one of them, and forward: in one that is computed
+            again. again: the most that backward computes again at a time, if it does whole layers.
+    """
+
+    def __init__(self, layers: Iterable[LayerBytes]) -> None:
+        self._layers = list(Counter(layers).items())
+        self.kept: float = sum(of.kept(None) * number for of, number in self._layers)
+        self.made = max((of.made for of, _ in self._layers), default=0.0)
+
+    @cached_property
+    def forward(self) -> float:
+        return max((of.scores + of.made for of, _ in self._layers), default=0.0)
+
+    @cached_property
+    def again(self) -> float:
+        return max((of.again((LAYER,)) for of, _ in self._layers), default=0.0)
+
+    @cached_property
+    def _kept_of_whole(self) -> tuple[float, float]:
+        again = [Recomputed(layers=(), parts=(LAYER,), modules=("",), sends=sends) for sends in (False, True)]
+        kept, sent = (sum(of.kept(what) * number for of, number in self._layers) for what in again)
+        return kept, sent
+
+    def kept_of_whole(self, sends: bool) -> float:
+        """What all keep if backward computes whole layers again. sends: whether it repeats exchanges."""
+        return self._kept_of_whole[sends]
 
 
 def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:

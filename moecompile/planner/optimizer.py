@@ -30,6 +30,7 @@ from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import ExpertsSite, LayerPlan, Traffic, cut_dim
 from moecompile.planner.params import BF16_BYTES, FP32_BYTES, ModelFacts, ModelParams
 from moecompile.planner.shards import expert_stacks
+from moecompile.routing import is_of_router
 from moecompile.schema import (
     LEAST_NUMBERS,
     MOMENTS,
@@ -111,7 +112,9 @@ def _dense(layers: Sequence[LayerPlan], facts: ModelFacts) -> tuple[Mapping[str,
             block = site.fqn.rpartition(".")[0]
             if site.form == "stacked":  # stacked biases have a row per expert
                 joined += sum(kept[n][0] * kept[n][1] for n in inside if kept[n][0] != num_experts)
-            inside |= {n for n, (rows, _) in kept.items() if n.startswith(f"{block}.") and rows == num_experts}
+            of_block = [n for n, (rows, _) in kept.items() if n.startswith(f"{block}.") and rows == num_experts]
+            source = facts.routers.get(site.fqn)
+            inside |= {n for n in of_block if source is None or is_of_router(n.rpartition(".")[0], source)}
         elif size != (ffn := (site.num_in_projections + 1) * site.d_model * site.d_ff):
             inside, replaced = set(), replaced + ffn  # the site is a part of the module at its path
         kept = {name: shape for name, shape in kept.items() if name not in inside}

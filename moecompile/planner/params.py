@@ -43,21 +43,22 @@ class ModelFacts:
     stored weights (4: fp32). causal: whether a token must not see later tokens (None: unknown). frozen: module path
     ("": the model) -> its number of frozen parameters, and of all its parameters; empty if none is frozen.
     has_padding_mask: whether the example has one. unmasked: sites whose tokens are not those of the mask. linears:
-    module path -> (d_in, d_out) of its linears, without output heads. adapters: (parameters of the adapters of linears,
-    whether routers are trained), once they are planned; None: there are no adapters. split: what the model's tp_plan
-    names; no_split: why it cannot be used, empty if it can. matrices: name -> shape of trained two-dimensional weights
-    of hidden layers. heads: numbers of heads, by their name in the model's config. attention: of each layer, where
-    mesh.cp asks for it; no_context: why positions cannot be split, empty if they can. d_model: width of the residual
-    stream, by the model's config (0: unknown). kept: what its layers keep for backward; None: unknown. ffn_numbers:
-    where that is unknown, what a dense FFN keeps, numbers per token (0: as the widest of the planned sites, of which a
-    stage may have none). widened: what was done to make it of a model with fewer experts, empty for other models.
-    own_losses: coefficients of the losses of its own routers, by their names in the model's config. no_adapters: site
-    -> why the weights of its experts cannot have adapters. apart, apart_frozen: trained and frozen parameters of
-    another dtype than most of these, which FSDP leaves whole on every rank; apart_bytes: per element of them. weights:
-    all others, added up by their dim 0, along which FSDP cuts them; empty if they are unknown. layers: what backward
-    can compute again of each layer; empty for a bare graph. cut: how it can be cut into stages, where mesh.pp asks for
-    it. tables: embedding tables; spread: those whose rows are spread over ranks, which nothing else here counts, once
-    they are planned.
+    module path -> (d_in, d_out) of its linears, without output heads; idle: those that do not run. adapters:
+    (parameters of the adapters of linears, whether routers are trained), once they are planned; None: there are no
+    adapters. split: what the model's tp_plan names; no_split: why it cannot be used, empty if it can. matrices: name ->
+    shape of trained two-dimensional weights of hidden layers. heads: numbers of heads, by their name in the model's
+    config. attention: of each layer, where mesh.cp asks for it; no_context: why positions cannot be split, empty if
+    they can. d_model: width of the residual stream, by the model's config (0: unknown). kept: what its layers keep for
+    backward; None: unknown. ffn_numbers: where that is unknown, what a dense FFN keeps, numbers per token (0: as the
+    widest of the planned sites, of which a stage may have none). widened: what was done to make it of a model with
+    fewer experts, empty for other models. own_losses: coefficients of the losses of its own routers, by their names in
+    the model's config. no_adapters: site -> why the weights of its experts cannot have adapters. routers: site -> path
+    of the module that returns the logits of its router, where it or a module in it or around it has a row per expert;
+    router_params: those of that one. apart, apart_frozen: trained and frozen parameters of another dtype than most of
+    these, which FSDP leaves whole on every rank; apart_bytes: per element of them. weights: all others, added up by
+    their dim 0, along which FSDP cuts them; empty if they are unknown. layers: what backward can compute again of each
+    layer; empty for a bare graph. cut: how it can be cut into stages, where mesh.pp asks for it. tables: embedding
+    tables; spread: those whose rows are spread over ranks, which nothing else here counts, once they are planned.
     """
 
     params_total: int
@@ -71,6 +72,7 @@ class ModelFacts:
     has_padding_mask: bool = False
     unmasked: frozenset[str] = frozenset()
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
     adapters: tuple[int, bool] | None = None
     split: tuple[SplitFact, ...] = ()
     matrices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class ModelFacts:
     widened: str = ""
     own_losses: Mapping[str, float] = field(default_factory=dict)
     no_adapters: Mapping[str, str] = field(default_factory=dict)
+    routers: Mapping[str, str] = field(default_factory=dict)
+    router_params: Mapping[str, int] = field(default_factory=dict)
     apart: int = 0
     apart_frozen: int = 0
     apart_bytes: int = FP32_BYTES
@@ -104,9 +108,9 @@ class CutFacts:
     """How a model can be cut into stages of a pipeline.
 
     refused: why it cannot; empty: it can. layers: their paths, in the order of calls. units: what belongs to one stage
-    as a whole -> its parameters, 0 of an embedding. tied: names of weights of the first and the last unit. stages: the
-    stages that begin with these layers (all but the first one); ValueError: why not. facts: those of the part of the
-    model that has these units, and the head or not.
+    as a whole -> its parameters, 0 of an embedding. tied: names of weights of the first and the last unit, which have
+    tied_numbers. stages: the stages that begin with these layers (all but the first one); ValueError: why not. facts:
+    those of the part of the model that has these units, and the head or not.
     """
 
     refused: str
@@ -115,6 +119,7 @@ class CutFacts:
     tied: tuple[tuple[str, str], ...]
     stages: Callable[[tuple[str, ...]], tuple[Stage, ...]]
     facts: Callable[[tuple[str, ...], bool], ModelFacts]
+    tied_numbers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +433,8 @@ def trained_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParam
     """
     if facts.adapters is not None:
         linears, has_routers = facts.adapters
-        routers = sum(layer.experts.num_routed * layer.site.d_model for layer in layers) * has_routers
+        sites = [(layer.site.fqn, layer.experts.num_routed * layer.site.d_model) for layer in layers]
+        routers = sum(facts.router_params.get(fqn, a_row_each) for fqn, a_row_each in sites) * has_routers
         active = model_params(layers, facts).active
         return ModelParams(dense=linears + routers, experts=_all_adapters(layers), router=0, active=active)
     params, (kept, _) = model_params(layers, facts), facts.frozen.get("", (0, 0))

@@ -283,7 +283,7 @@ def ranks_of(plan: Plan, facts: ModelFacts) -> list[OfRank]:
         return [OfRank(index=0, layers=plan.layers, mesh=plan.mesh, facts=facts)]
     assert facts.cut is not None
     found: list[OfRank] = []
-    ends, tied = {0, plan.pipeline.rank_with_loss}, facts.vocab_size * facts.d_model * bool(plan.pipeline.tied)
+    ends, tied = {0, plan.pipeline.rank_with_loss}, facts.cut.tied_numbers
     if any(f"{fact.path}.weight" in chain(*plan.pipeline.tied) for fact in facts.split):
         tied //= plan.mesh.size(Part.WEIGHTS)
     known = {fact.path: fact for fact in facts.layers}
@@ -338,8 +338,12 @@ def _sizes(of: OfRank) -> object:
     weights = sorted((w.rows, w.params, w.site is not None, w.is_root, w.split) for w in facts.weights)
     return (
         of.mesh, tuple(layer.alike for layer in of.layers),
-        replace(facts, frozen={}, linears={}, split=(), matrices={}, attention=(), weights=(), layers=()),
-        sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()), weights,
+        replace(
+            facts, frozen={}, linears={}, idle=frozenset(), split=(), matrices={}, routers={}, router_params={},
+            attention=(), weights=(), layers=(),
+        ),
+        sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()),
+        sorted(facts.router_params.values()), weights,
         sorted((split.kind, split.size, split.params, split.width) for split in facts.split),
         sorted(fact.kind for fact in facts.layers),
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The router's config as plain data: enums, options and their rules. No torch, no mesh.
+"""The router's config as plain data: enums, options and their rules, and which modules are a router's (own.py). No
+torch, no mesh.
 
 Configs are resolved into it, plans contain it and `nn.Router` takes it (docs/decisions/0013).
 """
@@ -17,6 +18,7 @@ from moecompile.routing.config import (
     RouterConfig,
     check_balance,
 )
+from moecompile.routing.own import is_of_router
 
 __all__ = [
     "AUTO_LOSSES",
@@ -36,4 +38,5 @@ __all__ = [
     "RouterConfig",
     "Workload",
     "check_balance",
+    "is_of_router",
 ]

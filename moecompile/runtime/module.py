@@ -109,6 +109,7 @@ class LanguageModule(LightningModule):
         self.log("val_loss", self.val_loss, prog_bar=True, logger=False)
         for logger in self.trainer.loggers:
             logger.log_metrics({"val_loss": self.val_loss}, step=self.trainer.global_step)
+            logger.save()  # the checkpoint of this step is on disk already, and a run that goes on has its row
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with the schedule (moecompile.runtime.weight_groups)."""

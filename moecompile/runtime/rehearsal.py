@@ -46,6 +46,7 @@ from moecompile.plan import EXCHANGE_OPS, EXCHANGES, Plan
 from moecompile.planner.lookups import different
 from moecompile.planner.traffic import assignments, rows_given
 from moecompile.row_formats import ROW_FORMATS
+from moecompile.runtime.even_batches import made_even
 from moecompile.runtime.messages import MESSAGES
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.pipeline import Shape, Wires, Work
@@ -437,9 +438,6 @@ class _Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter([{name: torch.zeros(self.shape, dtype=torch.int64) for name in self.names}] * self.number)
 
-    def __len__(self) -> int:
-        return self.number
-
 
 def rehearse(
     model: nn.Module, plan: Plan, config: Config, rank: int, load: Load, run_dir: Path, *,
@@ -471,7 +469,8 @@ def rehearse(
         here = dataclasses.replace(plan, mesh=dataclasses.replace(mesh, device="cpu"))
         trainer = make_trainer(config, here, run_dir, [Moments(watch), *callbacks], loggers=[], materialize=begin)
         shape = (config.data.micro_batch_size, config.data.seq_len)
-        trainer.fit(module, _Batches(names=BATCH, number=accumulation_steps(config, mesh), shape=shape))
+        number = accumulation_steps(config, mesh)
+        trainer.fit(module, made_even(_Batches(names=BATCH, number=number, shape=shape), number))
         return seen_of(trainer, watch, rank)
 
 

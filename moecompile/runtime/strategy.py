@@ -28,10 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -41,7 +39,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DistributedSampler
 
 from moecompile.capture import layers_of, seed_generators
 from moecompile.checkpoint.folders import whole
@@ -68,6 +65,7 @@ from moecompile.passes.shard import device_mesh_of
 from moecompile.pipeline import compiled_module, plan_of
 from moecompile.plan import Plan
 from moecompile.runtime import trainer_checkpoint
+from moecompile.runtime.even_batches import even
 from moecompile.runtime.gradients import (
     FinishGradients,
     WideSums,
@@ -205,11 +203,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return {"num_replicas": mesh.num_batches, "rank": mesh.batch_index(self.global_rank)}
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Lightning's. In prediction its sampler repeats nothing, and ranks would call the model unequally often."""
-        for each in (dataloader, getattr(dataloader, "batch_sampler", None)):
-            if isinstance(sampler := getattr(each, "sampler", None), UnrepeatedDistributedSamplerWrapper):
-                _repeat(sampler)
-        return super().process_dataloader(dataloader)
+        """Lightning's: ranks must call the model equally often."""
+        return even(super().process_dataloader(dataloader), self._timeout or DEFAULT_TIMEOUT)
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -346,7 +341,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 raise ConfigError(
                     "callbacks", type(callback).__name__,
                     "averages a copy of the whole weights, and a rank has shards, or stages, of them",
-                    "Leave it out, or average the weights of a rank in a callback of your own",
+                    "Leave it out, or average the weights of a rank in a callback of your own; of checkpoints of "
+                    "task=train, export.average is the mean",
                 )  # fmt: skip
             if isinstance(callback, BaseFinetuning):
                 raise ConfigError(
@@ -705,21 +701,6 @@ def _check_not_split(compiled: nn.Module, name: str) -> None:
             "Use one Trainer for a module, also to validate, test and predict; or build the module again, and give "
             "what was saved as ckpt_path",
         )  # fmt: skip
-
-
-def _repeat(sampler: UnrepeatedDistributedSamplerWrapper) -> None:
-    """Changes a sampler to that of validation, which gives all ranks equally many samples; prints if some repeat."""
-    number, ranks = sampler.total_size, sampler.num_replicas
-    # In place: a batch sampler has it, which Lightning has wrapped.
-    sampler.__class__ = DistributedSamplerWrapper  # type: ignore[assignment]
-    DistributedSampler.__init__(
-        sampler, sampler.dataset, ranks, sampler.rank, shuffle=sampler.shuffle, seed=sampler.seed
-    )
-    if more := sampler.total_size - number:
-        rank_zero_info(
-            f"predict: {number} samples for {ranks} ranks; every forward exchanges rows, so all ranks predict "
-            f"{sampler.num_samples}, and {more} of the samples twice"
-        )
 
 
 def _train_routing(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 Algorithm:
   1. By default, matrices of hidden layers are Muon's if it is asked for (moecompile.nn.matrices), all others AdamW's;
-     what has more than one dim decays, vectors (norms, biases, those of experts too) do not.
+     what has more than one dim decays, vectors (norms, biases, also stacked ones: of experts, heads, positions) do not.
   2. The first of `optimizer.groups` that matches a weight's name changes that for it.
   3. Weights with the same settings are one group, in the order of the config; frozen ones are in none.
 """
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from moecompile.arguments import check_overrides
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
-from moecompile.nn.matrices import hidden_matrices, stacked_biases
+from moecompile.nn.matrices import are_vectors, hidden_matrices
 from moecompile.nn.stages import passage_of, tied_names
 from moecompile.passes.lookups import tables_of
 from moecompile.runtime.moments import BY_ROWS, AdamW, KeepsItsState, keeping_of
@@ -78,14 +78,14 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[WeightGroup
     layouts = hidden_matrices(model) if is_muon or any(group.kind for group in config.groups) else {}
     by_rows = {name: rule for name, rule in tables_of(model).items() if rule}
     layouts = {name: layout for name, layout in layouts.items() if name not in by_rows}
-    biases, tied = stacked_biases(model), tied_names(model)
+    tied = tied_names(model)
     trained = [(tied.get(name, name), p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[tuple[int, str, bool, bool], WeightGroup] = {}
     for name, parameter in trained:
         index = group_of(name, config.groups)
         chosen = None if index is None else config.groups[index]
         with_muon = is_muon and name in layouts  # Step 1
-        decays = parameter.ndim > 1 and parameter not in biases
+        decays = parameter.ndim > 1 and not are_vectors(name)
         if chosen is not None and chosen.kind is not None:  # Step 2
             with_muon = chosen.kind is OptimizerKind.muon
             if with_muon and name not in layouts:
@@ -141,7 +141,7 @@ def for_dense(model: nn.Module, config: OptimizerConfig) -> OptimizerConfig:
 
 def _why(parameter: nn.Parameter) -> str:
     if parameter.ndim > 1 and min(parameter.shape) > 1:
-        return "embeddings, heads, routers and stacked biases are not"
+        return "embeddings, heads, routers, convolutions and stacked vectors are not"
     return f"its shape is {list(parameter.shape)}"
 
 

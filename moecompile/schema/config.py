@@ -433,10 +433,12 @@ class StackConfig:
     """What backward computes again: full, all_but_exchanges, moe, experts (moe, but its exchanges), mlp, attention,
     mla_up_proj, layernorm, moe_act;
     null: that of `trainer.checkpointing`."""
+    recompute_share: float = number(1.0, Real("(0, 1]", "Use 1.0, or stack.recompute=[] for none"))
+    """Share of the layers of a stage to which `recompute` applies; others keep all."""
     row_bits: int = number(16, Whole(8, 16))
     """Bits of a number of a row in dispatch: 16 or 8."""
     grad_bits: int = number(32, Whole(16, 32))
-    """Bits of a gradient in a described layout: 32 or 16."""
+    """Bits of a gradient in a described layout, kept and reduced: 32 or 16."""
     moment_bits: Optional[int] = number(None, Whole(8, 32))
     """Bits of each of the optimizer's two moments: 32, 16 or 8; null: those of `optimizer.state`."""
     wire_share: FigureConfig = field(
@@ -858,6 +860,8 @@ class ExportConfig:
     """A run directory, or a native export."""
     checkpoint: Optional[str] = None
     """One of the run's checkpoints; null: the latest."""
+    average: int = number(1, Whole(1))
+    """The mean of the weights of so many checkpoints: that one, and those before it."""
     format: ExportFormat = ExportFormat.huggingface
     """Output: a transformers model that computes the same function, or our own format with config and plan."""
     adapters: AdapterExport = AdapterExport.separate

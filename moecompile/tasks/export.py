@@ -15,12 +15,14 @@ from moecompile.atomic import UNWRITABLE, creating
 from moecompile.errors import ConfigError, VerificationFailed
 from moecompile.export import (
     Run,
+    averaged,
     carry,
     compare,
     find_run,
     find_target,
     load_adapters,
     load_run,
+    refuse_drops,
     reload,
     reload_by_rows,
     with_adapters,
@@ -44,7 +46,7 @@ def run(config: Config, run_dir: Path) -> None:
         VerificationFailed: the logits of the exported model differ.
     """
     export = config.export
-    trained = find_run(export.run, export.checkpoint, named=named_in(config))
+    trained = averaged(find_run(export.run, export.checkpoint, named=named_in(config)), export.average)
     path = Path(export.path) if export.path else run_dir / "model"
     if path.exists():
         raise ConfigError("export.path", path, "is there already", "Give a new folder, or remove it")
@@ -53,12 +55,15 @@ def run(config: Config, run_dir: Path) -> None:
     accept(run_dir)
     fields = {
         "path": str(path), "architecture": architecture, "format": export.format.value, "max_abs_diff": diff,
-        "checkpoint": str(trained.checkpoint), "plan_hash": trained.plan.hash,
+        "checkpoint": str(trained.checkpoint), "averaged_with": [str(each) for each in trained.before],
+        "plan_hash": trained.plan.hash,
     }  # fmt: skip
     write_result(run_dir, "export", trained.config.name, fields)
     console = Console(soft_wrap=True)
-    console.print(f"{trained.config.name}  {trained.checkpoint} -> {path}")
-    console.print(f"{architecture}, loaded again: logits equal those of the trained model within {diff:.1e}")
+    mean = f"mean of {', '.join(each.name for each in trained.before)} and " if trained.before else ""
+    console.print(f"{trained.config.name}  {mean}{trained.checkpoint} -> {path}")
+    what = "the mean" if trained.before else "the trained model"
+    console.print(f"{architecture}, loaded again: logits equal those of {what} within {diff:.1e}")
 
 
 @contextmanager
@@ -120,10 +125,12 @@ def _difference(
 
 def _export_adapters(model: nn.Module, trained: Run, config: Config, folder: Path) -> tuple[str, float]:
     """The adapters of a run in peft's format, or merged into the model."""
+    refuse_drops(trained.plan, config.export.family)
     example = example_inputs(model, trained.config.data.seq_len)
-    adapted = with_adapters(source_model(trained.config), model, trained.plan)
+    is_merged = config.export.adapters is AdapterExport.merged
+    adapted = with_adapters(source_model(trained.config), model, trained.plan, alone=not is_merged)
     expected = _logits(model.float(), example)
-    if config.export.adapters is AdapterExport.merged:
+    if is_merged:
         merged = adapted.merge_and_unload()
         target = find_target(merged, trained.plan, config.export.family)
         architecture = f"{write(merged, target, folder)} with merged adapters"

@@ -14,8 +14,14 @@ import pytest
 import yaml
 
 from moecompile.compose import compose_config
+from moecompile.imports.composed import with_import
+from moecompile.models.source import source_model
+from moecompile.pipeline.shape import shape_of_model
 from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated
+from moecompile.planner.cost_model.forecast import forecast_plan
+from moecompile.schema import with_workload
 from moecompile.tasks import plan
+from tests.imports.test_primus import experiment
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -119,6 +125,21 @@ def test_another_file_of_runs_is_scored(
     assert printed["left_out"] == {"X": "the architecture of unheard-of is not described"}
 
 
+def test_runs_on_gpus_of_amd_are_predicted_as_the_page_says(
+    program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(BENCHMARKS / "published" / "amd.yaml")
+    program.main(["score", file, file])
+    printed = json.loads(capsys.readouterr().out)
+    page = (REPOSITORY / "docs" / "understand" / "foresight.md").read_text()
+    said = re.findall(r"^\| A\d{3} .*$", page, re.MULTILINE)
+    assert len(said) == len(printed["rows"]) == 9 and printed["left_out"] == {}
+    for line, (name, row) in zip(said, printed["rows"].items(), strict=True):
+        made, measured, percent = re.findall(r"([\d,]+) of ([\d,]+) tokens/s, (.*%)", row)[0]
+        assert line.endswith(f"| {measured} | {made} | {percent} |") and line.startswith(f"| {name} ")
+    assert f"**median {printed['median']:.0f}%**" in page
+
+
 def test_the_page_shows_what_is_stored(program: ModuleType, stored: Any) -> None:
     assert (REPOSITORY / "docs" / "assets" / "foresight.md").read_text() == program.tables(stored)
     page = (REPOSITORY / "docs" / "understand" / "foresight.md").read_text()
@@ -126,3 +147,18 @@ def test_the_page_shows_what_is_stored(program: ModuleType, stored: Any) -> None
     assert re.search(rf"median {held['median']}%,\s+90th\s+percentile\s+{held['p90']}%", page)
     assert f"{stored['deepseek_v3']['predicted_s']} s" in page
     assert f"{stored['simumax']['ours']['median']}%" in page
+
+
+@pytest.mark.slow
+def test_an_imported_experiment_is_forecast_as_the_run_described_by_hand(program: ModuleType, tmp_path: Path) -> None:
+    """Row A001 of amd.yaml, without multi-token prediction, says on its own what the experiment of Primus was."""
+    rows = BENCHMARKS / "published" / "amd.yaml"
+    by_hand = next(run for run in program.read_runs(rows, rows)[0] if run.id == "A001")
+    words = ["task=import", "from=megatron", f"file={experiment(tmp_path)}", "workload.mtp=0"]
+    words += ["mesh.num_nodes=32", "mesh.ranks_per_node=8"]
+    config, _ = with_workload(with_import(compose_config(words), words))
+    model = source_model(config)
+    found = plan.planned(model, config, None).plan
+    imported = forecast_plan(shape_of_model(model, found), found, config)
+    assert imported.seconds == pytest.approx(19.8, abs=0.05)  # docs/use/import.md
+    assert imported.tokens_per_second_per_rank == pytest.approx(program.tokens_s(by_hand, calibrated()), rel=0.01)

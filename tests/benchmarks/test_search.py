@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from moecompile.planner.cost_model.forecast import step_of
+from tests.counted import counted
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
+CALLS = 250  # of a candidate, most of which do not fit
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,9 @@ def test_the_stored_seconds_and_the_table_are_of_this_code(program: ModuleType, 
 @pytest.mark.slow
 def test_a_stored_rank_is_what_the_search_finds(program: ModuleType, stored: Any) -> None:
     name = "Mixtral 8x7B, 64 H100"
-    row = asdict(program.ranked(name, program.cases()[name]))
+    ranked, calls = counted(program.ranked, name, program.cases()[name])
+    row = asdict(ranked)
     expected = next(each for each in stored if each["name"] == name)
     for key in ("best", "candidates", "considered", "rank"):
         assert row[key] == expected[key]
-    assert row["cpu_seconds"] / row["considered"] * 10_000 <= 5
+    assert calls / row["considered"] <= CALLS

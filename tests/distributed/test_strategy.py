@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 import moecompile
 from moecompile.errors import ConfigError, PlanError, UserError
@@ -260,6 +261,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     mistakes = {
         "count": _without_count, "world": _wrong_world, "plain": _not_compiled, "table": _table_by_rows,
         "average": _averaged, "scaler": _scaled, "nan": _not_finite, "second": _second_trainer, "unfreeze": _unfreezes,
+        "no batch": _no_batch,
     }  # fmt: skip
     for name, call in mistakes.items():
         try:
@@ -267,7 +269,7 @@ def every_case(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         except UserError as error:
             out[name] = str(error)
     out["predicted"], out["alone"] = _predicted(), _weights_alone(Path(folder, "alone"))
-    axes = ("ep", "cp", "tp", "pp")
+    out["uneven"], axes = _uneven(rank), ("ep", "cp", "tp", "pp")
     return {**out, "reduced": {axis: _reduced(rank, MeshSpec(ranks_per_node=WORLD, **{axis: WORLD})) for axis in axes}}
 
 
@@ -290,6 +292,53 @@ def _predicted() -> list[Tensor]:
     """Of five samples on two ranks, in batches of two: by the sampler that Lightning has for prediction."""
     trainer = Trainer(strategy="expert_parallel", devices=WORLD, **CPU)
     return trainer.predict(Predicts(), DataLoader(TensorDataset(dataset().tensors[0][:5]), batch_size=2))
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    """Samples of no known number."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(*(tensor[: self.size] for tensor in dataset().tensors), strict=True)
+
+
+class Guessed(BatchSampler):
+    """Says five batches, however many there are."""
+
+    def __len__(self) -> int:
+        return 5
+
+
+def _uneven(rank: int) -> dict[str, tuple[int, int, int]]:
+    """Batches of training and of validation, and what is said: rank 1 has fewer of the first, rank 0 of the second."""
+    found = {}
+    for kind in ("of known length", "streamed", "one of each", "by sampler"):
+        more, fewer = (rank == 0) * BATCH, (rank == 1) * BATCH
+        sizes = 2 * BATCH + more + 1, BATCH + fewer
+        streams = kind == "streamed" or (kind == "one of each" and rank == 1)
+        made = [Streamed(size) if streams else TensorDataset(*dataset()[:size]) for size in sizes]
+        loaders = [DataLoader(each, BATCH) for each in made]
+        if kind == "by sampler":
+            loaders = [DataLoader(each, batch_sampler=Guessed(range(len(each)), BATCH, False)) for each in made]
+        module, said = Validates(), list[str]()
+        trainer = Trainer(
+            strategy="expert_parallel", devices=WORLD, max_epochs=2, use_distributed_sampler=False,
+            num_sanity_val_steps=0, **CPU,
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moecompile.runtime.even_batches.rank_zero_info", said.append)
+            trainer.fit(module, *loaders)
+        found[kind] = trainer.global_step, module.validated, len(said)
+        assert all(type(each) is DataLoader for each in loaders)  # the user's own are as they were
+    return found
+
+
+def _no_batch(folder: str) -> None:
+    size = 2 * BATCH * (dist.get_rank() == 0)
+    trainer = Trainer(strategy="expert_parallel", devices=WORLD, max_epochs=1, **CPU)
+    trainer.fit(Mean(), DataLoader(Streamed(size), BATCH))
 
 
 def _reduced(rank: int, mesh: MeshSpec) -> dict[str, float]:
@@ -373,7 +422,10 @@ def _second_trainer(folder: str) -> None:
 class Validates(Mean):
     """With what `Trainer.validate` calls."""
 
+    validated = 0
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated += 1
         self.log("val", F.cross_entropy(self.model(batch[0]), batch[1]), sync_dist=True)
 
 
@@ -473,6 +525,15 @@ def test_ranks_predict_equally_many_batches(results: list[dict[str, Any]]) -> No
     torch.testing.assert_close(got, torch.cat((wanted, wanted[:1])))
 
 
+def test_ranks_train_and_validate_equally_many_batches(results: list[dict[str, Any]]) -> None:
+    """As many as the rank with the fewest has, three and one an epoch. It is said: once, or whenever a stream ends."""
+    for result in results:
+        assert result["uneven"] == {
+            "of known length": (2 * 3, 2 * 1, 2), "streamed": (2 * 3, 2 * 1, 4), "one of each": (2 * 3, 2 * 1, 4),
+            "by sampler": (2 * 3, 0, 2),  # Lightning validates after as many batches as it says
+        }  # fmt: skip
+
+
 def test_a_logged_sum_has_each_token_once(results: list[dict[str, Any]]) -> None:
     """Ranks of a TP group and of a pipeline log the same tokens; what is of a rank, such as its memory, is of every."""
     for result in results:
@@ -568,6 +629,10 @@ def test_mistakes_are_told(results: list[dict[str, Any]]) -> None:
     assert results[1]["second"] == (
         "model=Predicts: is split over ranks already, by another Trainer or by until='shard'. Use one Trainer for a "
         "module, also to validate, test and predict; or build the module again, and give what was saved as ckpt_path."
+    )
+    assert results[1]["no batch"] == (
+        "dataloader=no batch: every forward exchanges rows with all ranks, and these have no data: 1. Give every rank a "
+        "part of the data, or use fewer ranks."
     )
     assert results[0]["nan"].startswith("the loss or a gradient of step 1 is not finite. It began in ")
     assert results[1]["scaler"].startswith("precision=16-mixed: lets each rank decide by itself whether a step is")

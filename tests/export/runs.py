@@ -29,7 +29,10 @@ DENSE: dict[str, dict[str, Any]] = {
         **_GATED, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
-    "cohere2": {**_GATED, "sliding_window": 8, "logit_scale": 0.5},
+    "cohere2": {
+        **_GATED, "sliding_window": 8, "logit_scale": 0.5,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50_000.0},
+    },
     "ernie4_5": {**_GATED, "head_dim": 8},
     "hunyuan_v1_dense": {**_GATED, "head_dim": 8},
     "qwen3_5_text": {

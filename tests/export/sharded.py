@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -41,13 +42,14 @@ def save_runs(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
                 if key.endswith("correction_bias"):
                     buffer.zero_()
         shard(compiled.model, compiled.plan, device_mesh_of(compiled.plan.mesh, "cpu"))
-        checkpoint = run / "checkpoints" / "step-7"
-        dcp.save(
-            {"state_dict": {f"model.{key}": value for key, value in compiled.model.state_dict().items()}},
-            checkpoint_id=checkpoint,
-        )
+        weights = compiled.model.state_dict()
+        for step, changed in {2: torch.zeros_like, 3: torch.square, 5: torch.sin, 7: torch.clone}.items():
+            checkpoint = run / "checkpoints" / f"step-{step}"
+            saved = {f"model.{key}": changed(value) for key, value in weights.items()}
+            dcp.save({"state_dict": saved}, checkpoint_id=checkpoint)
+            if rank == 0:
+                (checkpoint / "state.json").write_text("{}")  # what makes it whole
         if rank == 0:
-            (checkpoint / "state.json").write_text("{}")  # what makes it whole
             save_resolved(config, run / "resolved.yaml")
             plans.save(compiled.plan, run / "plan.yaml")
         logits[name] = compiled.model.eval()(**example, use_cache=False).logits.detach()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecompile
@@ -23,6 +25,7 @@ from moecompile.export import huggingface, load_run, pairs
 from moecompile.export import run as runs
 from moecompile.export.huggingface import family_weights
 from moecompile.models.build import build_model, example_inputs
+from moecompile.plan.adapters import AdaptersPlan
 from moecompile.runtime.data import train_tokenizer
 from moecompile.schema import validate
 from moecompile.torch_private import is_fake, tree_leaves
@@ -160,6 +163,18 @@ def test_existing_experts_stay_their_family(architecture: str, tmp_path: Path) -
     result = exported(run, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["model_type"], result["max_abs_diff"] <= 1e-5) == (architecture, True)
+
+
+def test_a_capacity_of_existing_experts_is_named(tmp_path: Path) -> None:
+    """A large one: the example alone would not tell."""
+    model = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, **CONFIGS["mixtral"]}
+    config = tiny_config("mixtral", ["experts.sites=existing", "routing.capacity_factor=1.95"], model)
+    run = tiny_run(tmp_path / "run", config)
+    with pytest.raises(
+        ConfigError, match=r"huggingface: routing\.capacity_factor=1\.95 drops tokens of model\.layers\.0"
+    ):
+        exported(run, tmp_path / "out")
+    assert exported(run, tmp_path / "out", "export.format=native")["max_abs_diff"] == 0.0
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
@@ -300,6 +315,34 @@ def test_a_checkpoint_of_another_model(sharded: tuple[Path, dict[str, Tensor]], 
     wrong = sharded[0] / "mixtral" / "checkpoints" / "step-7"
     with pytest.raises(ConfigError, match=r"export\.checkpoint=.*(lacks|the plan says)"):
         exported(sharded[0] / "deepseek", tmp_path, f"export.checkpoint={wrong}")
+
+
+def test_the_mean_of_checkpoints(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Against torch's own reader, in float64; transformers loads it, and its logits are those of the mean."""
+    run, means = sharded[0] / "mixtral", dict[str, Tensor]()
+    for step in (3, 5, 7):
+        dcp_to_torch_save(run / "checkpoints" / f"step-{step}", tmp_path / "whole.pt")
+        for name, value in torch.load(tmp_path / "whole.pt")["state_dict"].items():
+            means[name.removeprefix("model.")] = means.get(name.removeprefix("model."), 0.0) + value.double() / 3
+    result = exported(run, tmp_path / "native", "export.format=native", "export.average=3")
+    assert [Path(each).name for each in result["averaged_with"]] == ["step-3", "step-5"]
+    found = moecompile.load_exported(result["path"]).state_dict()
+    assert found.keys() == means.keys()
+    for name, mean in means.items():
+        assert max_diff(found[name].double(), mean) <= 3e-7, name  # fp32
+    assert exported(run, tmp_path / "transformers", "export.average=3")["max_abs_diff"] <= 1e-5
+    earlier = exported(run, tmp_path / "earlier", "export.average=2", f"export.checkpoint={run}/checkpoints/step-5")
+    assert [Path(each).name for each in earlier["averaged_with"]] == ["step-3"]
+    with pytest.raises(
+        ConfigError, match=r"export\.average=5: .*step-7 and what is before it are 4 checkpoints\. Use fewer"
+    ):
+        exported(run, tmp_path / "more", "export.average=5")
+    assert not (tmp_path / "more" / "model").exists()
+    trained = runs.find_run(str(run), None)
+    adapters = AdaptersPlan(rank=2, alpha=4, dropout=0, linears=(), train_router=False)
+    adapted = replace(trained, plan=replace(trained.plan, adapters=adapters))
+    with pytest.raises(ConfigError, match=r"export\.average=2: the mean of A and of B, the two weights of an adapter"):
+        runs.averaged(adapted, 2)
 
 
 def test_an_existing_folder_is_not_overwritten(sharded: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:

@@ -101,6 +101,19 @@ def test_one_key_changes_one_thing(change: dict[str, str], key: str, value: obje
     assert after[key] == value != before.get(key)
 
 
+def test_checkpoints_that_are_offloaded() -> None:
+    assert flat(read(FOLDER / "mixtral.yml", gradient_checkpointing="yes"))["checkpointing"] == "full"
+    with pytest.raises(
+        ConfigError, match=r"gradient_checkpointing=half: is not known\. Known are true, false, offload"
+    ):
+        read(FOLDER / "mixtral.yml", gradient_checkpointing="half")
+    found = read(FOLDER / "mixtral.yml", gradient_checkpointing="offload")
+    assert flat(found)["checkpointing"] == "full"
+    assert [row.text for row in found.rows if (row.kind, row.value) == ("assumed", "offload")] == [
+        "no equal here: inputs of layers stay on the GPU"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected", "assumed"),
     [  # mixtral.yml has no max_steps, warmup_ratio=0.1, cosine, weight_decay=0.0; axolotl's schema and trainer builder
@@ -162,9 +175,14 @@ def test_defaults_are_those_of_axolotl(
     assert not [row for row in found.rows if row.key in names and row.kind == "unknown"]
 
 
-def test_an_unknown_key_is_listed() -> None:
-    found = read(FOLDER / "mixtral.yml", of_tomorrow="1")
-    assert [row.key for row in found.rows if row.kind == "unknown"] == ["of_tomorrow"]
+def test_an_unknown_key_is_listed_and_on_the_command_line_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mixtral.yml"
+    path.write_text((FOLDER / path.name).read_text() + "\nof_tomorrow: 1\n")
+    assert [row.key for row in read(path).rows if row.kind == "unknown"] == ["of_tomorrow"]
+    with pytest.raises(
+        ConfigError, match=r"^set\.of_tomorrow=1: is no name that the file leaves open, and no key that"
+    ):
+        read(FOLDER / path.name, of_tomorrow="1")
 
 
 @pytest.mark.parametrize(

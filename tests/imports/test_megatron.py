@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from moecompile.compose import conf_dir
 from moecompile.errors import ConfigError
-from moecompile.imports import Row
+from moecompile.imports import Caller, Row, read_draft
 from moecompile.models.build import build_model, config_of
 from moecompile.schema import ModelConfig, ModelDevice
 from tests.imports.published import MEGATRON, draft, of, write
@@ -54,6 +55,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "qwen3_30b_slime": {"model": "qwen3_30b_a3b", "mesh": (4, 8), "ep": 8, "dispatcher": "alltoall", "precision": "bf16_params"},
 }  # fmt: skip
+
+
+BLOCK: dict[str, str | None] = {"recompute_granularity": "full", "recompute_method": "block"}
 
 
 def flat(found: Any) -> dict[str, Any]:
@@ -117,6 +121,10 @@ def test_none_of_a_script_is_not_the_default_of_transformers(
     [
         ("mixtral_8x22b_tp2pp8ep8", {"expert_model_parallel_size": "4"}, "ep", 4),
         ("mixtral_8x22b_tp2pp8ep8", {"expert_tensor_parallel_size": "1"}, "etp", 1),
+        # the first 3 of the 7 layers of each of 8 stages
+        ("mixtral_8x22b_tp2pp8ep8", BLOCK | {"recompute_num_layers": "3"}, "recompute_share", round(3 / 7, 4)),
+        ("mixtral_8x22b_tp2pp8ep8", BLOCK | {"recompute_num_layers": "7"}, "recompute", ["full"]),
+        ("mixtral_8x22b_tp2pp8ep8", BLOCK | {"recompute_method": "uniform"}, "recompute", ["full"]),
         ("mixtral_8x22b_tp2pp8ep8", {"context_parallel_size": "2"}, "cp", 2),
         ("mixtral_8x22b_tp2pp8ep8", {"use_distributed_optimizer": None}, "zero", 0),
         ("mixtral_8x22b_tp2pp8ep8", {"num_layers_per_virtual_pipeline_stage": "1"}, "vpp", 7),
@@ -151,6 +159,12 @@ def test_one_flag_changes_one_thing(
     assert after[key] == value != before.get(key)
 
 
+def test_flags_without_effect(tmp_path: Path) -> None:
+    same = BLOCK | {"recompute_num_layers": "0", "moe_layer_freq": "1", "fp8_recipe": "delayed"}
+    found = [flat(draft(of("mixtral_8x22b_tp2pp8ep8"), tmp_path, **changed)) for changed in ({}, same)]
+    assert found[0] == found[1] and found[0]["model"] == "mixtral_8x22b"
+
+
 @pytest.mark.parametrize(
     ("changed", "expected", "assumed"),
     [
@@ -172,6 +186,52 @@ def test_the_optimizer(
     assert [f"{row.key} {row.value}" for row in found.rows if row.kind == "assumed" and row.key in keys] == assumed
 
 
+def test_names_of_the_command_line() -> None:
+    def read(**names: str) -> dict[str, Any]:
+        path = Path(__file__).parents[2] / "docs" / "examples" / "megatron_qwen3.sh"
+        return flat(read_draft("megatron", str(path), Caller(names=names, conf=conf_dir(), ranks=(2, 8))))
+
+    found = read(EP="4", lr="2e-4", recompute_method="uniform", SLURM_NNODES="2", NUM_NODES="2")
+    assert (found["ep"], found["lr"]) == (4, 2e-4)  # a variable of the script, a flag that the script has
+    for name in ("EPP", "lrr", "Lr"):
+        with pytest.raises(ConfigError, match=f"^set.{name}=4: is no name that the file leaves open, and no key that"):
+            read(**{name: "4"})
+
+
+PLAIN = {
+    "num_layers": "8", "hidden_size": "64", "num_attention_heads": "4", "num_experts": "8", "swiglu": "true",
+    "vocab_size": "96", "seq_length": "128", "bf16": "true",
+}  # fmt: skip
+
+
+def test_names_that_a_file_uses(tmp_path: Path) -> None:
+    yaml, script = tmp_path / "plain.yaml", tmp_path / "plain.sh"
+    lines = [f"  {key}: {value}" for key, value in PLAIN.items()]
+    yaml.write_text("\n".join(["ENV_VARS:", "  DEBUG: ${DEBUG_LEVEL}", "MODEL_ARGS:", *lines, "  fp8: hybrid"]))
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in PLAIN.items())
+    script.write_text(f"batch=$((8 * nodes))\npretrain {flags} --global-batch-size $batch\n")
+
+    def read(path: Path, **names: str) -> dict[str, Any]:
+        return flat(read_draft("megatron", str(path), Caller(names=names, conf=conf_dir(), ranks=(2, 8))))
+
+    assert [read(yaml, **names)["bits"] for names in ({"DEBUG_LEVEL": "1"}, {"fp8": "null"})] == [8, 16]
+    assert read(script, nodes="4")["global_batch_size"] == 32
+    with pytest.raises(ConfigError, match=r"^set\.node=4: is no name"):
+        read(script, nodes="4", node="4")
+
+
+def test_experts_in_every_layer_are_the_default(tmp_path: Path) -> None:
+    shared = {"moe_shared_expert_intermediate_size": "1536"}
+    changes = (shared, shared | {"moe_layer_freq": "1"}, shared | {"moe_layer_freq": "([0]*1+[1]*47)"})
+    drafts = [draft(of("qwen3_30b_slime"), tmp_path, **changed) for changed in changes]
+    assert [flat(found)["model"] for found in drafts] == ["qwen2_moe", "qwen2_moe", "glm4_moe"]
+    model = drafts[0].model
+    assert isinstance(model, dict)
+    config = {**model["config"], "num_hidden_layers": 1}
+    built = build_model(ModelConfig(name="one", architecture="qwen2_moe", config=config, device=ModelDevice.meta), 0)
+    assert dict(built.named_parameters())["model.layers.0.self_attn.q_proj.weight"].shape == (32 * 128, 2048)
+
+
 def test_an_unknown_flag_is_listed(tmp_path: Path) -> None:
     found = draft(of("qwen3_30b_slime"), tmp_path, moe_of_tomorrow="7")
     (row,) = (row for row in found.rows if row.kind == "unknown")
@@ -190,7 +250,7 @@ def test_a_line_for_each_flag(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "text"),
     [
-        ("qwen3_235b_modelzoo", {"seq_length": "${LENGTH}"},
+        ("qwen3_235b_modelzoo", {"seq_length": "${SEQ_LEN}${LENGTH}"},
          "has no value for LENGTH, which --seq-length (line 75) needs. Give set.LENGTH=VALUE"),
         ("qwen3_30b_slime", {"num_layers": "$(cat layers)"}, "give the flag itself, for example set.num_layers=32"),
         ("qwen3_30b_slime", {"num_experts": None}, "trains a dense model: it has no --num-experts"),

@@ -171,7 +171,7 @@ def test_checkpointing_is_selective_by_default(
         if ending == "toml"
         else f"def f():\n    return Trainer.Config(model_spec=m('20b'), training=T(seq_len=64), {text})\n"
     )
-    found = read(path, config="f", model_name="gpt_oss")
+    found = read(path, model_name="gpt_oss", **({} if ending == "toml" else {"config": "f"}))
     assert found.values["trainer"]["checkpointing"] == checkpointing
     rows = {row.key: row.value for row in found.rows if row.kind == "assumed"}
     assert rows.get("activation_checkpoint.mode") == assumed
@@ -202,3 +202,10 @@ def test_what_is_refused(ending: str, text: str, rule: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError) as error:
         read(path)
     assert rule in str(error.value)
+
+
+def test_a_job_in_toml_has_no_other_configs(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[training]\nseq_len=1\n")
+    with pytest.raises(ConfigError, match=r"^set\.config=mine: is no name"):
+        read(path, config="mine")

@@ -373,6 +373,24 @@ def test_experts_that_cannot_have_adapters_are_refused_by_the_plan(model_type: s
     assert plan.adapters is not None and plan.adapters.linears
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "name"),
+    [
+        ("jamba", {}, "mamba.dt_proj"),
+        ("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3}, "router.classifier"),
+    ],
+)
+def test_a_linear_whose_weight_alone_is_read_gets_no_adapter(
+    model_type: str, changes: dict[str, Any], name: str
+) -> None:
+    """It would not be read, so it would have no gradient."""
+    model, inputs = language_model(model_type, changes)
+    assert any(path.endswith(name) for path, _ in model.named_modules())
+    plan = moecompile.make_plan(model, ["adapters=lora", "adapters.experts=null"], example=inputs)
+    assert plan.adapters is not None and plan.adapters.linears
+    assert not any(path.endswith(name) for path in plan.adapters.linears)
+
+
 # Experts that are seen and cannot be rewritten, and why.
 REFUSED = {
     "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module

@@ -62,6 +62,18 @@ def test_what_stands_for_a_layer_has_its_attributes_and_none_of_its_hooks() -> N
     assert not called and isinstance(layer, Block)
 
 
+def test_what_layers_of_other_stages_make_is_not_asked_for() -> None:
+    """transformers adds a loss over the router logits of all layers, of which the last stage has those of its own."""
+    model, plan = a_plan()
+    run_on_model([Cut(index=1)], model, plan)
+    passage = passage_of(model)
+    assert passage is not None
+    with passage.running(model, 1, (torch.ones(*IDS.shape, 4),)):
+        with pytest.raises(MoecompileError, match="called with output_router_logits, and a stage of a pipeline"):
+            model(IDS, output_router_logits=True)
+        assert passage.calls == 0
+
+
 def test_a_cut_model_is_not_called_by_itself() -> None:
     model, plan = a_plan()
     run_on_model([Cut(index=0)], model, plan)

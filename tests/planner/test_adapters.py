@@ -43,6 +43,13 @@ def test_all_experts_and_all_linears_but_routers() -> None:
     assert plan.hash != planned("adapters.alpha=7").hash
 
 
+def test_linears_that_do_not_run_get_none() -> None:
+    """Nor does a router that chooses among identity experts too."""
+    facts = replace(FACTS, idle=frozenset({"layers.0.attn.o"}), linears={**LINEARS, "layers.0.mlp.gate": (8, 7)})
+    plan = build_plan([replace(SITE, num_identity=3)], compose_config([*LORA, "adapters.experts=null"]), facts)
+    assert plan.adapters is not None and plan.adapters.linears == ("layers.0.attn.q", "layers.0.mlp.up_proj")
+
+
 def test_patterns_choose_by_path() -> None:
     plan = planned("adapters.dense='*.attn.q'", "adapters.experts='*.down_proj'")
     assert plan.adapters is not None and plan.adapters.linears == ("layers.0.attn.q",)
@@ -62,6 +69,16 @@ def test_only_trained_weights_have_gradients_and_moments() -> None:
     assert (memory.grads, memory.optimizer) == (4 * (dense + experts), 8 * (dense + experts))
     trained = planned("mesh.ranks_per_node=1", "adapters.train_router=true").estimate
     assert trained is not None and trained.params_trained == dense + experts + 4 * 8
+
+
+def test_a_trained_router_has_all_its_parameters() -> None:
+    """Those of its bias, and of the width of the model where experts have a latent one."""
+    alone = planned("mesh.ranks_per_node=1").estimate
+    facts = replace(FACTS, router_params={SITE.fqn: 4 * 12 + 4})
+    config = compose_config([*LORA, "mesh.ranks_per_node=1", "adapters.train_router=true"])
+    trained = build_plan([SITE], config, facts).estimate
+    assert alone is not None and trained is not None
+    assert trained.params_trained == alone.params_trained + 4 * 12 + 4
 
 
 def test_two_ranks_halve_them() -> None:

@@ -143,6 +143,14 @@ def test_models_that_mix_positions_elsewhere_are_refused() -> None:
         ConfigError, match=r"^mesh.cp=2: LlamaForCausalLM has attention_dropout=0.1, which would be drawn"
     ):
         planned(tiny_llama(attention_dropout=0.1), *COPY4)
+    for at, what in (("norm", "norm.p"), ("layers.1.mlp", "layers.1.mlp.residual_dropout")):  # as GPT-2, and Seed-OSS
+        model = tiny_llama()
+        if what.endswith(".p"):
+            model.set_submodule(f"model.{at}", nn.Dropout(0.1))
+        else:
+            vars(model.get_submodule(f"model.{at}"))["residual_dropout"] = 0.1
+        with pytest.raises(ConfigError, match=rf"^mesh.cp=2: LlamaForCausalLM has model.{what}=0.1, which would be"):
+            planned(model, *COPY4)
     with pytest.raises(
         ConfigError, match=r"^mesh.cp=2: SwitchTransformersFor.* has an encoder and a decoder, of which"
     ):

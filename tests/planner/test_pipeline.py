@@ -10,9 +10,12 @@ import pytest
 import moecompile
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
+from moecompile.match.regions import Captured
+from moecompile.mesh import MeshSpec
 from moecompile.models.build import example_inputs
 from moecompile.models.source import source_model
 from moecompile.pipeline import planning_facts
+from moecompile.pipeline.facts import facts_of
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.build_plan import draft_plan
@@ -23,6 +26,7 @@ from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
 from moecompile.report.plan_tables import Compared, differences
+from tests.match.test_boundaries import boundaries, cut
 
 TWO = ["mesh=cpu_1x4", "mesh.pp=2"]
 PAIRS = ["pipeline.schedule=dualpipev", "pipeline.overlap=exchanges"]
@@ -90,6 +94,14 @@ def test_a_stage_needs_less_of_all_but_what_is_in_flight() -> None:
     assert now.weights < before.weights and now.optimizer < before.optimizer
     hidden, tokens = 128, 4 * 128
     assert two.stage_bytes_per_step == hidden * tokens * 4 * two.assumes.accumulation  # type: ignore[union-attr]
+
+
+def test_a_tied_weight_has_its_own_size() -> None:
+    """Not that of the config's words in the width of its layers: OPT-350m has an embedding of half of that."""
+    found = boundaries("tied")
+    facts = facts_of(found.model, None, Captured(boundaries=found))
+    stages = Plan(mesh=MeshSpec(ranks_per_node=2, pp=2), layers=(), reductions=(), pipeline=cut(found, "layers.2"))
+    assert [of.tied for of in ranks_of(stages, facts)] == [found.model.get_parameter("head.weight").numel()] * 2
 
 
 def test_more_micro_batches_are_kept_on_the_first_stage() -> None:

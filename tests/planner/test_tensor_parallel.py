@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import moecompile
@@ -14,7 +15,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError, PlanError
 from moecompile.match.regions import Captured
 from moecompile.mesh import MeshSpec
-from moecompile.pipeline.facts import splits_of
+from moecompile.pipeline.facts import no_split, splits_of
 from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan, SplitModules
 from moecompile.planner import ModelFacts
@@ -105,6 +106,16 @@ def test_without_the_axis_nothing_is_split() -> None:
 def test_which_weight_and_why(tp: int, of_model: ModelFacts, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         split_modules([], replace(FOUR, tp=tp), of_model)
+
+
+def test_dropout_of_attention_is_refused_by_each_of_its_names() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "vocab_size": 32}
+    for rate, reason in ((0.0, ""), (0.1, "attn_pdrop=0.1 of GPTJForCausalLM would be drawn alike")):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", attn_pdrop=rate, **sizes))
+        assert no_split(model).startswith(reason) and bool(no_split(model)) is bool(reason)
 
 
 def planned(model: nn.Module, *overrides: str) -> Plan:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -86,3 +89,17 @@ def test_chats_in_a_batch_are_as_if_alone(packed: bool) -> None:
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=0, atol=1e-9, msg=name)
     for layer in update_balance(model):
         assert layer.tokens == 15 and int(layer.load.sum()) == TOP_K * 15
+
+
+def test_a_validation_loss_is_on_disk_when_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed after it goes on from the checkpoint of the same step, and validates that step no more."""
+    module = LanguageModule(nn.Linear(1, 1), OptimizerConfig(), 40)
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=100)
+    trainer = SimpleNamespace(loggers=[logger], global_step=20)
+    monkeypatch.setattr(LanguageModule, "trainer", trainer)
+    monkeypatch.setattr(LanguageModule, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr("moecompile.runtime.module.groups_of", lambda trainer: SimpleNamespace(losses=None))
+    monkeypatch.setattr("moecompile.runtime.module.dist.all_reduce", lambda *args, **kwargs: None)
+    module._val_sums = torch.tensor([6.0, 2.0])
+    module.on_validation_epoch_end()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,val_loss", "20,3.0"]

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from moecompile.errors import ConfigError
 from moecompile.nn import auxiliary_loss, update_balance
 from moecompile.pipeline import compile_model
+from moecompile.runtime.even_batches import Even, made_even
 from moecompile.runtime.strategy import _train_routing
 from tests.existing_models import moe_model
+
+
+class Numbers(IterableDataset[float]):
+    def __iter__(self) -> Iterator[float]:
+        return iter(np.random.rand(4).tolist())
+
+
+def seeded(number: int) -> None:
+    np.random.seed(7 + number)
+
+
+def test_the_even_copy_of_a_loader_is_a_loader_and_leaves_it_as_it_was() -> None:
+    """Lightning sets how its workers are seeded, and ends workers that stay; another fit has a copy of its own."""
+    own = DataLoader(Numbers(), 1, num_workers=1, persistent_workers=True)
+    wanted = np.random.RandomState(7).rand(4)[:2]
+    for _ in range(2):
+        made = made_even(own, 2, of=own)
+        assert isinstance(made, DataLoader) and len(made) == 2
+        made.worker_init_fn = seeded
+        assert [float(batch) for batch in made] == pytest.approx(wanted)
+        made._iterator._shutdown_workers()
+        assert own._iterator is None and own.worker_init_fn is None
+    assert not hasattr(made, "state_dict") and isinstance(made_even([1], 1), Even)
+
+
+def test_the_position_of_a_stream_is_saved_through_its_even_copy() -> None:
+    """A runtime protocol, as which Lightning asks for it, looks at classes from Python 3.12 on."""
+
+    class Stream:
+        at = 0
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(self.at, 3))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"at": self.at}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.at = state["at"]
+
+    made = made_even(Stream(), None)
+    assert isinstance(made, _Stateful)
+    made.load_state_dict({"at": 2})
+    assert list(made) == [2] and made.state_dict() == {"at": 2}
+    with pytest.raises(TypeError, match="does not know its length"):
+        len(made)
 
 
 def test_losses_of_a_models_own_routers_hold_in_whatever_mode_it_came() -> None:

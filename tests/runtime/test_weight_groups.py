@@ -107,8 +107,8 @@ def test_frozen_weights_are_in_no_group() -> None:
         ),
         (
             OptimizerConfig(kind=MUON, groups=[group("head*", kind=MUON)]),
-            "optimizer.groups[0].kind='muon': head.weight is no matrix of a hidden layer: embeddings, heads, routers and "
-            "stacked biases are not. Change the pattern, or use adamw.",
+            "optimizer.groups[0].kind='muon': head.weight is no matrix of a hidden layer: embeddings, heads, routers, "
+            "convolutions and stacked vectors are not. Change the pattern, or use adamw.",
         ),
         (
             OptimizerConfig(kind=MUON, groups=[group("*.bias", kind=MUON)]),

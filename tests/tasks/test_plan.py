@@ -18,6 +18,7 @@ from moecompile.load_history import LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import make_plan
 from moecompile.pipeline.shape import shape_of_model
+from moecompile.plan import Recomputed
 from moecompile.planner.cost_model.forecast import forecast_plan, loads_of, step_of
 from moecompile.planner.cost_model.inputs import inputs_of
 from moecompile.planner.cost_model.shapes import training_flops
@@ -174,6 +175,12 @@ def test_faster_links_and_another_stack_change_the_step() -> None:
     assert other("trainer.checkpointing=full") > other("trainer.checkpointing=none")
     resent = other("trainer.checkpointing=full", "hardware.intra_node_gb_s=1")
     assert resent > other("trainer.checkpointing=keep_exchanges", "hardware.intra_node_gb_s=1")
+    none, half, full = (other("stack.recompute=[full]", f"stack.recompute_share={share}") for share in (0.05, 0.5, 1.0))
+    assert none == other("stack.recompute=[]") < half < full == other("stack.recompute=[full]")  # of six layers
+    # What the stack says holds, whatever a plan with checkpointing=budget repeats of single layers.
+    layer = Recomputed(parts=("layer",), sends=True, modules=("",), layers=(shape.places[0][0],))
+    plan = replace(plan, recomputed=(layer,))
+    assert other("stack.recompute=[]") == none < other()
 
 
 def test_mistakes_are_one_message(tmp_path: Path) -> None:
@@ -186,6 +193,7 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
         ("stack.dispatcher=pigeon", "stack.dispatcher=pigeon: is not known"),
         (f"workload.load={tmp_path / 'none.csv'}", "is not a file"),
         ("workload.vpp=0", "workload.vpp=0: must be at least 1"),
+        ("stack.recompute_share=0.5", "stack.recompute_share=0.5: has no effect without stack.recompute. Give stack"),
     ):
         changed = compose_config(["recipe=deepseek_ep", "mesh=cpu_2x2", override, "workload.zero=1"])
         if override == "workload.tp=4":

@@ -134,6 +134,7 @@ def test_what_is_between_products_is_priced_as_it_runs(name: str, activation: st
     )
 
 
+@pytest.mark.slow
 def test_deepseek_r1_has_the_plan_of_deepseek_v3() -> None:
     assert built("deepseek_r1")[2].hash == built("deepseek_v3")[2].hash
 

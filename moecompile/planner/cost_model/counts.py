@@ -32,10 +32,11 @@ Bytes on links. A link domain is what the fast links connect (NVLink: 8 GPUs of 
    domain if tp * cp is larger.
 9. Stages: t D numbers forward and backward, vpp times; of a plan, within a domain where the next stage is there.
                                                                                                 -> `parallel_bytes`
-10. A step: fp32 gradients are reduced and bf16 weights gathered, over replicas (dp * cp for dense weights, edp for
-   experts). With ZeRO 3, over the ranks of one of `replicas`: weights are gathered twice in each micro-batch, or once
-   in a step, and gradients reduced in each, or once; between the replicas, fp32 gradients of what a rank owns are
-   reduced once. Stacks of experts of which these ranks divide no dim are padded, as FSDP does (plan/experts.py).
+10. A step: gradients (fp32, or of `grad_bits`) are reduced and bf16 weights gathered, over replicas (dp * cp for dense
+   weights, edp for experts). With ZeRO 3, over the ranks of one of `replicas`: weights are gathered twice in each
+   micro-batch, or once in a step, and gradients reduced in each, or once; between the replicas, those of what a
+   rank owns are reduced once. Stacks of experts of which these ranks divide no dim are padded, as FSDP does
+   (plan/experts.py).
                                                                                                   -> `step_bytes`
 
 All of a GPU
@@ -353,7 +354,7 @@ def parallel_bytes(model: ModelShape, layout: Layout, machine: Machine, software
         tensor=_tensor_bytes(model, layout, machine, software) if layout.tp > 1 else Wire(),
         context=Wire(intra=context if near else 0.0, inter=0.0 if near else context),
         stage=Wire(intra=stage * within, inter=stage * (1 - within)),
-        gathered=_over_replicas(_groups(model, layout), machine, _zero_bytes(layout, software.wide_bytes)[0])
+        gathered=_over_replicas(_groups(model, layout), machine, _zero_bytes(layout, software)[0])
         if layout.zero == 3
         else Wire(),
     )
@@ -391,23 +392,22 @@ def _next_stage_within(layout: Layout, machine: Machine) -> float:
 def step_bytes(model: ModelShape, layout: Layout, machine: Machine, software: Software) -> Step:
     """Bytes per step (step 10)."""
     groups = (dense, *_), (experts, *_) = _groups(model, layout)
-    reduced = _over_replicas(groups, machine, _zero_bytes(layout, software.wide_bytes)[1])
+    reduced = _over_replicas(groups, machine, _zero_bytes(layout, software)[1])
     owned = dense / (layout.dp * layout.cp) + experts / layout.edp
     return Step(
-        reduced=reduced + _between_replicas(groups, layout.replicas, machine) if layout.zero == 3 else reduced,
+        reduced=reduced + _between_replicas(groups, layout, machine, software) if layout.zero == 3 else reduced,
         moments=owned * (OPTIMIZER_BYTES - _OF_MOMENTS * (1 - software.moment_bits / 32)),
         owned=owned,
     )
 
 
-def _zero_bytes(layout: Layout, number: int) -> tuple[int, int]:
-    """Bytes of a weight that its group gathers and reduces in each micro-batch, and once in a step; number: bytes of a
-    weight that is gathered by ZeRO 3.
-    """
+def _zero_bytes(layout: Layout, software: Software) -> tuple[int, int]:
+    """Bytes of a weight that its group gathers and reduces in each micro-batch, and once in a step."""
+    number, gradient = software.wide_bytes, software.grad_bits // 8
     if layout.zero < 3:
-        return 0, FP32 + BF16
-    per_micro = (2 * number if layout.gather == "layer" else 0) + (FP32 if layout.reduce == "each" else 0)
-    return per_micro, (number if layout.gather == "step" else 0) + (FP32 if layout.reduce == "last" else 0)
+        return 0, gradient + BF16
+    per_micro = (2 * number if layout.gather == "layer" else 0) + (gradient if layout.reduce == "each" else 0)
+    return per_micro, (number if layout.gather == "step" else 0) + (gradient if layout.reduce == "last" else 0)
 
 
 def stage_params(model: ModelShape, layout: Layout) -> tuple[float, float]:
@@ -459,11 +459,11 @@ def _over_replicas(groups: Sequence[_Group], machine: Machine, bytes_per_param: 
     return wire
 
 
-def _between_replicas(groups: Sequence[_Group], replicas: int, machine: Machine) -> Wire:
-    """Bytes that a GPU sends when fp32 gradients of what it owns are summed over the copies of sharded weights."""
-    wire = Wire()
+def _between_replicas(groups: Sequence[_Group], layout: Layout, machine: Machine, software: Software) -> Wire:
+    """Bytes that a GPU sends when gradients of what it owns are summed over the copies of sharded weights."""
+    wire, each = Wire(), 2 * software.grad_bits // 8
     for params, shards, stride in groups:
-        wire = wire + _over_group(2 * FP32 * params / shards, replicas, stride * shards, machine)
+        wire = wire + _over_group(each * params / shards, layout.replicas, stride * shards, machine)
     return wire
 
 

@@ -237,7 +237,8 @@ def step_of(inputs: Inputs, load: float = 1.0) -> dict[str, float]:
     exchange, wire = parts.pop("exchange"), counts.wire
     intra, inter = inputs.machine.links.seconds(wire.intra, 0), inputs.machine.links.seconds(0, wire.inter)
     within = intra / (intra + inter) if intra + inter else 1.0
-    tables = inputs.machine.links.seconds(inputs.tables.intra_node, inputs.tables.inter_node)
+    rows = inputs.tables
+    tables = inputs.machine.links.seconds(rows.intra_node, rows.inter_node)
     return {
         "exchange within the node": exchange * within, "exchange across nodes": exchange * (1 - within), **parts,
         **({"rows of tables": tables} if tables else {}),

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from moecompile.errors import ConfigError
 from moecompile.plan import BUDGET, Plan, Traffic
-from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
+from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed, with_share
 from moecompile.planner.lookups import lookup_step
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.traffic import PACKING_BYTES, Links
@@ -226,13 +226,12 @@ class Software:
     wide_bytes: int = 2
 
     def __post_init__(self) -> None:
-        words = {
-            "dispatcher": (DISPATCHERS, (self.dispatcher,)), "schedule": (SCHEDULES, (self.schedule,)),
-            "bits": ((32, 16, 8, 4), (self.bits,)), "recompute": (RECOMPUTED, self.recompute),
-            "graph": (GRAPHED, self.graph), "in_flight": (IN_FLIGHT, (self.in_flight,)),
-            "grad_bits": ((32, 16), (self.grad_bits,)), "moment_bits": ((32, 16, 8), (self.moment_bits,)),
-        }  # fmt: skip
-        for name, (known, given) in words.items():
+        for name, known, given in (
+            ("dispatcher", DISPATCHERS, (self.dispatcher,)), ("schedule", SCHEDULES, (self.schedule,)),
+            ("bits", (32, 16, 8, 4), (self.bits,)), ("recompute", RECOMPUTED, self.recompute),
+            ("graph", GRAPHED, self.graph), ("in_flight", IN_FLIGHT, (self.in_flight,)),
+            ("grad_bits", (32, 16), (self.grad_bits,)), ("moment_bits", (32, 16, 8), (self.moment_bits,)),
+        ):  # fmt: skip
             for word in given:
                 if word not in known:
                     raise ConfigError(f"stack.{name}", word, "is not known", f"Use one of {', '.join(map(str, known))}")
@@ -249,13 +248,20 @@ class Software:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A step whose time is predicted. tables: bytes that a rank sends for lookups in spread embedding tables."""
+    """A step whose time is predicted. spread: the plan whose embedding tables are spread over ranks; None: none are."""
 
     model: ModelShape
     layout: Layout
     machine: Machine
     software: Software
-    tables: Traffic = field(default_factory=lambda: Traffic(intra_node=0.0, inter_node=0.0))
+    spread: Plan | None = field(default=None, repr=False)
+
+    @property
+    def tables(self) -> Traffic:
+        """Bytes that a rank sends for lookups in a step. Not a multiple of those of a token: ids repeat rows."""
+        if self.spread is None:
+            return Traffic(intra_node=0.0, inter_node=0.0)
+        return lookup_step(self.spread, self.layout.tokens, self.layout.num_micro, self.software.bits // 8)
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -396,6 +402,22 @@ def _predicting(shape: ModelShape, further: int) -> ModelShape:
     return replace(shape, layers=(*shape.layers, replace(likes[-1], count=further, mtp=True)))
 
 
+def _repeating(shape: ModelShape, plan: Plan, stack: StackConfig) -> ModelShape:
+    """The shape with what backward repeats of single layers: the plan's choice, unless the stack says it.
+
+    Raises:
+        ConfigError: a share of nothing that the stack says.
+    """
+    if stack.recompute is not None:
+        return with_share(shape, stack.recompute_share)
+    if stack.recompute_share < 1:
+        raise ConfigError(
+            "stack.recompute_share", stack.recompute_share, "has no effect without stack.recompute",
+            "Give stack.recompute=[full] too, or leave it out",
+        )  # fmt: skip
+    return with_recomputed(shape, plan.recomputed, plan.pipeline)
+
+
 def _moment_bits(optimizer: OptimizerConfig, weight_bytes: int) -> int:
     """Of a moment."""
     return MOMENTS[resolved(optimizer.state, 8 * weight_bytes) or StateKind.fp32].bits
@@ -500,9 +522,9 @@ def inputs_of(shape: ModelShape, plan: Plan, config: Config, *, described: bool 
     if machine.host is not None:
         software = replace(software, fused=True)  # as the experts' kernel for CPUs is
     return Inputs(
-        model=with_recomputed(_predicting(shape, workload.mtp), plan.recomputed, plan.pipeline),
+        model=_repeating(_predicting(shape, workload.mtp), plan, config.stack),
         layout=layout,
         machine=machine,
         software=replace(software, in_flight=overlap, chunks=chunks) if own else software,
-        tables=lookup_step(plan, layout.tokens, layout.num_micro, software.bits // 8),
+        spread=plan if plan.lookups else None,
     )

@@ -228,6 +228,23 @@ def with_recomputed(
     return replace(shape, layers=(*layers, *others), places=())
 
 
+def with_share(shape: ModelShape, share: float) -> ModelShape:
+    """The shape in which what the software repeats is repeated in a share of the layers; the others repeat nothing."""
+    layers, others, seen, done = list(shape.layers), list[Layer](), 0, 0
+    for place, layer in enumerate(shape.layers):
+        if layer.recompute is not None:
+            continue
+        seen += layer.count
+        whole = min(layer.count, round((1 - share) * seen) - done)
+        done += whole
+        if whole == layer.count:
+            layers[place] = replace(layer, recompute=())
+        elif whole:
+            layers[place] = replace(layer, count=layer.count - whole)
+            others.append(replace(layer, count=whole, recompute=()))
+    return replace(shape, layers=(*layers, *others))  # at the end: `places` are of those before
+
+
 _Counts = Counter[tuple[int, tuple[str, ...]]]
 """Place of a layer in the shape, and what is repeated of it -> how many."""
 

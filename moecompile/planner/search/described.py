@@ -19,7 +19,8 @@ b. A token of one layer keeps, in numbers of 16 bits, or of 8 where a product in
        experts   2 D; K rows as they arrive, and their hidden numbers before and after the activation, K (n + 1) F;
                  router scores in fp32
    What is recomputed is not kept (an activation's input is then kept in the numbers of the product). `full` keeps the
-   layer's input alone, `all_but_exchanges` also the rows; so does `experts`, where `moe` sends them again.
+   layer's input alone, `all_but_exchanges` also the rows; so does `experts`, where `moe` sends them again. With
+   `stack.recompute_share` the other layers keep all.
                                                                                                    -> `_kept`
 c. Micro-batches in flight on the first stage: pp of 1F1B, pp + (pp - 1) / vpp interleaved, pp + 1 of DualPipe; on the
    last stage one, with its logits (bf16) and their fp32 softmax and gradient. The larger one counts; with recomputation
@@ -37,7 +38,7 @@ from itertools import product
 from math import ceil
 
 from moecompile.mesh import divisors
-from moecompile.planner.cost_model.counts import BF16, FP32, dispatch_bytes, padding, stage_params
+from moecompile.planner.cost_model.counts import BF16, FP32, dispatch_bytes, of_layer, padding, stage_params
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Software
 from moecompile.planner.cost_model.shapes import Attention, Experts, Layer, ModelShape, Scan, layer_params
@@ -99,14 +100,15 @@ def space_of(inputs: Inputs, batch: int) -> Space:
 
 def described(inputs: Inputs, space: Space, limit: float, rejected: Rejected) -> Iterator[Described]:
     """The described layouts that fit into `limit` bytes; the others are counted in `rejected`."""
+    recomputed = {name: replace(inputs.software, recompute=parts) for name, parts in space.recompute.items()}
+    sent = {name: [replace(each, dispatcher=kind) for kind in space.kinds] for name, each in recomputed.items()}
     for layout in layouts(inputs, space, rejected):
-        for name, recompute in space.recompute.items():
-            software = replace(inputs.software, recompute=recompute)
+        for name, software in recomputed.items():
             needed = round(sum(memory_of(replace(inputs, layout=layout, software=software)).values()))  # Step 2
             if needed > limit:
                 rejected.too_large(needed, limit)
                 continue
-            fastest = replace(software, dispatcher=_fastest(inputs, layout, software, space.kinds))  # Step 3
+            fastest = _fastest(inputs, layout, sent[name])  # Step 3
             seconds = sum(step_of(replace(inputs, layout=layout, software=fastest)).values())
             yield Described(layout=layout, software=fastest, recompute=name, memory=needed, seconds=seconds)
 
@@ -173,16 +175,17 @@ def _heads(mixer: Attention | Scan | None) -> int:
     return 0 if mixer is None else mixer.heads
 
 
-def _fastest(inputs: Inputs, layout: Layout, software: Software, kinds: Sequence[str]) -> str:
-    if layout.ep == 1 or len(kinds) == 1:
-        return kinds[0]
+def _fastest(inputs: Inputs, layout: Layout, ways: Sequence[Software]) -> Software:
+    """The one whose exchanges take the least time."""
+    if layout.ep == 1 or len(ways) == 1:
+        return ways[0]
     ffn = next(layer.ffn for layer in inputs.model.layers if layer.ffn is not None and layer.ffn.experts)
 
-    def seconds(kind: str) -> float:
-        wire = dispatch_bytes(ffn, inputs.model.hidden, layout, inputs.machine, replace(software, dispatcher=kind))
+    def seconds(software: Software) -> float:
+        wire = dispatch_bytes(ffn, inputs.model.hidden, layout, inputs.machine, software)
         return inputs.machine.links.seconds(wire.intra, wire.inter)
 
-    return min(kinds, key=seconds)
+    return min(ways, key=seconds)
 
 
 def memory_of(inputs: Inputs, load: float = 1.0) -> dict[str, float]:
@@ -227,13 +230,13 @@ def _layer_params(layer: Layer, hidden: int, layout: Layout) -> float:
 def _activations(model: ModelShape, layout: Layout, software: Software, load: float) -> float:
     """Step c."""
     own = layout.tokens / layout.tp
-    kept = sum(layer.count * _kept(layer, model.hidden, software, load) for layer in model.layers) * own / layout.pp
+    by_layer = [(layer, of_layer(layer, software)) for layer in model.layers]
+    kept = sum(layer.count * _kept(layer, model.hidden, of, load) for layer, of in by_layer) * own / layout.pp
     layers = sum(layer.count for layer in model.layers)
     kept *= ceil(layers / layout.pp) * layout.pp / layers  # the fullest stage has whole layers
-    again = 0.0
-    if software.repeats("full", "all_but_exchanges"):
-        whole = Software(bits=software.bits, dispatcher=software.dispatcher)
-        again = max(_kept(layer, model.hidden, whole, load) for layer in model.layers) * own
+    whole = Software(bits=software.bits, dispatcher=software.dispatcher)
+    repeated = (layer for layer, of in by_layer if of.repeats("full", "all_but_exchanges"))
+    again = max((_kept(layer, model.hidden, whole, load) for layer in repeated), default=0.0) * own
     logits = _LOGIT_BYTES * model.vocab * own
     return max(kept * in_flight(layout, software), kept + logits) + again
 

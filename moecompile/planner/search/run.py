@@ -54,7 +54,16 @@ from moecompile.planner.schedule import Sharded, choose, sharded, ways
 from moecompile.planner.search.axes import KINDS, Axes, Stages, all_alike, axes_of
 from moecompile.planner.search.described import Described, Space, described, memory_of, settings_of, space_of
 from moecompile.planner.search.found import Candidate, Reason, Rejected, front, tight
-from moecompile.schema import Checkpointing, Config, DispatchBalance, DispatchKind, OverlapKind, WorkloadConfig
+from moecompile.schema import (
+    Checkpointing,
+    Config,
+    DispatchBalance,
+    DispatchConfig,
+    DispatchKind,
+    OverlapKind,
+    WireDtype,
+    WorkloadConfig,
+)
 from moecompile.stages import NONE, schedule_of
 
 # -- layouts that this package runs: plan, memory and seconds are those that task=plan gives ------------------------
@@ -101,13 +110,15 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """Ranks along pp whose parts have the same sizes. of: one of them. overlapped: its layers with exchanges in
-    flight.
-    """
+    """Ranks along pp whose parts have the same sizes. of: one of them."""
 
     of: OfRank
     ranks: Sequence[OfRank]
-    overlapped: tuple[LayerPlan, ...]
+
+    @cached_property
+    def overlapped(self) -> tuple[LayerPlan, ...]:
+        """Its layers with exchanges in flight."""
+        return _overlapped(self.of.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +131,14 @@ class _Structure:
     inputs: Inputs
     load: float
     kinds: Sequence[_Kind]
+
+    def kept(self, micro_batches: int) -> list[float]:
+        """How many each kind keeps for backward at a time: the rank that keeps the most."""
+        pipeline = self.plan.pipeline
+        return [
+            1.0 if pipeline is None else max(of.in_flight(pipeline, micro_batches) for of in kind.ranks)
+            for kind in self.kinds
+        ]
 
 
 def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
@@ -184,11 +203,7 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     key = (frozenset((layer.experts, layer.routing) for layer in plan.layers), config.experts.granularity)
     if key not in shapes:
         shapes[key] = search.shape(plan)
-    flying = dict(zip(map(id, plan.layers), _overlapped(plan.layers), strict=True))
-    kinds = [
-        _Kind(of=ranks[0], ranks=ranks, overlapped=tuple(flying[id(layer)] for layer in ranks[0].layers))
-        for ranks in alike(ranks_of(plan, facts))
-    ]
+    kinds = [_Kind(of=ranks[0], ranks=ranks) for ranks in alike(ranks_of(plan, facts))]
     return _Structure(
         config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config),
         load=search.load_of(plan, config, plan.mesh.ep), kinds=kinds,
@@ -243,12 +258,21 @@ def _inside(search: Search, structure: _Structure, states: _States, rejected: Re
             continue
         data = replace(config.data, micro_batch_size=micro_batch, global_batch_size=batch)
         given, placed = replace(config, data=data), structure
-        if config.dispatch.balance is not DispatchBalance.none:  # what a loan is worth depends on it
+        if _follows_tokens(config.dispatch):
             placed = _planned(search, given, {})
-        run, known = run_facts(given, mesh, structure.facts), defaultdict[float, Known](Known)
+        run = run_facts(given, mesh, structure.facts)
+        memory = _memory(placed, run, states)
         for again in checkpointing:
             one = replace(run, checkpointing=again)
-            yield from _of_micro_batch(search, placed, one, batch, replicas, states, known, limit, rejected)
+            yield from _of_micro_batch(search, placed, one, batch, replicas, states, memory, limit, rejected)
+
+
+def _follows_tokens(dispatch: DispatchConfig) -> bool:
+    """Whether the micro-batch decides what a plan chooses: the kind, numbers on the wire, what a loan is worth."""
+    return (
+        dispatch.kind is DispatchKind.auto or dispatch.wire_dtype is WireDtype.fp8_if_faster
+        or dispatch.balance is not DispatchBalance.none
+    )  # fmt: skip
 
 
 def _batch(search: Search, step: int) -> int | None:
@@ -260,10 +284,10 @@ def _batch(search: Search, step: int) -> int | None:
 
 def _of_micro_batch(
     search: Search, structure: _Structure, run: RunFacts, batch: int, replicas: Sequence[int], states: _States,
-    known: _Loads, limit: float, rejected: Rejected,
+    memory: _Memory, limit: float, rejected: Rejected,
 ) -> Iterator[Candidate]:  # fmt: skip
     overlaps = [each for each in search.axes.overlap if _possible(each, structure, run)]
-    of = _MicroBatch(structure, run, batch, states, known, limit)
+    of = _MicroBatch(structure, run, batch, states, memory, limit)
     is_dear = run.checkpointing == BUDGET and structure.plan.pipeline is not None
     for number, overlap in product(replicas, overlaps):
         if is_dear and "checkpointing" not in search.axes.kept:
@@ -305,21 +329,21 @@ def _candidate(
     )  # fmt: skip
 
 
-_Loads = defaultdict[float, Known]
+_Memory = Callable[[int, RunFacts, float, bool], int]
 
 
 class _MicroBatch:
     """A structure with a micro-batch and a way of checkpointing: memory and seconds by replicas and overlap.
 
     Args:
-        batch: of a step. known: of this micro-batch. limit: bytes of a rank.
+        batch: of a step. memory: of this micro-batch. limit: bytes of a rank.
     """
 
     def __init__(
-        self, structure: _Structure, run: RunFacts, batch: int, states: _States, known: _Loads, limit: float
+        self, structure: _Structure, run: RunFacts, batch: int, states: _States, memory: _Memory, limit: float
     ) -> None:  # fmt: skip
         self.structure, self.run, self.states, self.limit, self.batch = structure, run, states, limit, batch
-        self.memory, self.step = _memory(structure, run, states, known), partial(_step, structure, batch)
+        self.memory, self.step = memory, partial(_step, structure, batch)
         self.ranks = sorted((of for kind in structure.kinds for of in kind.ranks), key=lambda of: of.index)
         self._budgets: dict[object, Budget] = {}
         self._prices: dict[tuple[str, int], Prices] = {}
@@ -406,7 +430,8 @@ def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, in
     inputs, stack = structure.inputs, structure.config.stack
     own = stack.dispatcher is None and not stack.overlap
     in_flight, chunks = overlap if own else ("none", 1)
-    repeated = REPEATED[again.checkpointing] if stack.recompute is None else inputs.software.recompute
+    own_recompute = stack.recompute is None
+    repeated = REPEATED[again.checkpointing] if own_recompute else inputs.software.recompute
     layout = replace(
         inputs.layout, micro_batch=again.micro_batch_size, global_batch=batch, replicas=number,
         reduce=again.reduce, gather=again.gather,
@@ -417,7 +442,7 @@ def _step(structure: _Structure, batch: int, number: int, overlap: tuple[str, in
         inputs,
         layout=layout,
         software=replace(inputs.software, recompute=repeated, in_flight=in_flight, chunks=chunks, paired=paired),
-        model=with_recomputed(inputs.model, again.recomputed, pipeline),
+        model=with_recomputed(inputs.model, again.recomputed if own_recompute else (), pipeline),
     )  # fmt: skip
 
 
@@ -444,8 +469,11 @@ def _settings(
         "data.micro_batch_size": run.micro_batch_size, "trainer.checkpointing": run.checkpointing,
         "routing.max_nodes": config.routing.max_nodes, "experts.granularity": config.experts.granularity,
     }  # fmt: skip
+    given, of_overlap = search.config.dispatch, {key: settings[key] for key in ("dispatch.overlap", "dispatch.chunks")}
     settings = search.axes.chosen(settings)
-    if "dispatch.overlap" not in settings or search.config.dispatch.chunks == settings["dispatch.chunks"]:
+    if given.overlap is OverlapKind.auto or (given.overlap is OverlapKind.chunks and given.chunks == "auto"):
+        settings |= of_overlap  # kept or not: a plan of these sizes might choose another
+    if "dispatch.overlap" not in settings or given.chunks == settings["dispatch.chunks"]:
         settings.pop("dispatch.chunks", None)
     for name in ("schedule", "stages_per_rank", "overlap"):
         if settings.get(f"pipeline.{name}") == getattr(search.config.pipeline, name):
@@ -494,30 +522,25 @@ class _States:
         return of.mesh, replicas, of.layers[0].experts if of.layers else None, len(of.layers), of.units
 
 
-def _memory(
-    structure: _Structure, run: RunFacts, states: _States, of_layers: _Loads
-) -> Callable[[int, RunFacts, float, bool], int]:  # fmt: skip
+def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
     """Bytes of the fullest rank, by replicas, run, load and whether exchanges are in flight.
 
     Args:
         run: with the micro-batch; others differ from it in checkpointing, and in when they gather and reduce.
-        of_layers: what is known of its layers, by load.
     """
-    pipeline = structure.plan.pipeline
-    kept = [
-        1.0 if pipeline is None else max(of.in_flight(pipeline, run.accumulation) for of in kind.ranks)
-        for kind in structure.kinds
-    ]
+    kept, of_layers = structure.kept(run.accumulation), defaultdict[float, Known](Known)
     made: dict[object, list[Activations]] = {}
     sent: dict[object, list[int]] = {}
     held: dict[object, list[tuple[int, Gradients, int]]] = {}
+    totals: dict[object, int] = {}
 
     def made_in(run: RunFacts, load: float, in_flight: bool) -> list[Activations]:
         key = run.keeps_whole_grads, run.checkpointing, load, in_flight
         if key not in made:
             made[key], known = [], of_layers[load]
+            runs = {times: replace(run, row_load=load, in_flight=times) for times in set(kept)}
             for kind, times in zip(structure.kinds, kept, strict=True):
-                given, of = replace(run, row_load=load, in_flight=times), kind.of
+                given, of = runs[times], kind.of
                 layers = kind.overlapped if in_flight else of.layers
                 made[key].append(activations(layers, of.mesh, of.facts, given, known))
         return made[key]
@@ -536,11 +559,14 @@ def _memory(
         return held[key]
 
     def total(replicas: int, run: RunFacts, load: float, in_flight: bool) -> int:
-        parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
-        return max(
-            weights + optimizer + buffers + together(grads, made, run)
-            for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
-        )
+        key = replicas, run.reduce, run.gather, run.checkpointing, load, in_flight
+        if key not in totals:
+            parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
+            totals[key] = max(
+                weights + optimizer + buffers + together(grads, made, run)
+                for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
+            )
+        return totals[key]
 
     return total
 

@@ -11,13 +11,14 @@ import yaml
 
 from benchmarks.forecast.families import shape_of
 from benchmarks.forecast.fit import fit
-from moecompile.compose import compose_config
+from moecompile.compose import compose_config, conf_dir
 from moecompile.errors import ConfigError
 from moecompile.planner.cost_model.constants import CALIBRATION, CONSTANTS, PRIORS, calibrated, checked
 from moecompile.planner.cost_model.counts import count
 from moecompile.planner.cost_model.forecast import Keys, alternatives_of, forecast, step_of, synthetic
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Machine, Software, machine_of, software_of
 from moecompile.planner.cost_model.seconds import step_seconds
+from moecompile.planner.cost_model.shapes import with_share
 from moecompile.planner.pipeline import counts_of
 from moecompile.stages import Pipeline, Stage, Unit
 
@@ -57,7 +58,25 @@ def test_counts_of_a_layer_by_hand() -> None:
     # Experts have one owner; dense weights are reduced within a node, and what is left of them over two nodes.
     assert counts.step.reduced.intra == pytest.approx(dense * 6 * 7 / 8)
     assert counts.step.reduced.inter == pytest.approx(dense * 6 / 8 * 1 / 2)
+    in_bf16 = count(MODEL, LAYOUT, H100, Software(grad_bits=16))
+    assert in_bf16.step.reduced.intra == pytest.approx(dense * 4 * 7 / 8)
     assert counts.step.owned == pytest.approx(dense / 16 + experts)
+
+
+def test_a_share_of_the_layers_is_computed_again_by_hand() -> None:
+    tokens, attention, again = 2048, 4 * 1024 * 1024, Software(recompute=("full",))
+    for share, layers in ((1.0, 4), (0.5, 2), (0.25, 1), (0.1, 0)):
+        work = count(with_share(MODEL, share), LAYOUT, H100, again).body.dense
+        assert work == 2 * (3 * 4 + layers) * tokens * attention
+        assert count(with_share(MODEL, share), LAYOUT, H100, Software()).body.dense == 2 * 3 * 4 * tokens * attention
+    # Rounding is over all layers, not within each kind of them, and a layer that says its own keeps it.
+    mixed = replace(MODEL, layers=tuple(replace(MODEL.layers[0], count=number) for number in (1, 1, 2, 3)))
+    mixed = replace(mixed, layers=(*mixed.layers[:3], replace(mixed.layers[3], recompute=("attention",))))
+    halves = with_share(mixed, 0.5)
+    assert [(layer.count, layer.recompute) for layer in halves.layers] == [
+        (1, None), (1, ()), (1, None), (3, ("attention",)), (1, ()),
+    ]  # fmt: skip
+    assert halves.num_layers == mixed.num_layers
 
 
 def test_a_pipeline_and_tensor_parallelism_by_hand() -> None:
@@ -217,7 +236,7 @@ def test_hardware_and_stacks_that_are_wrong() -> None:
 
 
 def test_every_shipped_machine_and_stack_is_complete() -> None:
-    for name in ("a100", "h100", "h200", "h800", "b200", "gb200", "b300", "gb300", "laptop"):
+    for name in (path.stem for path in (conf_dir() / "hardware").glob("*.yaml")):
         hardware = compose_config([f"hardware={name}"]).hardware
         assert machine_of(hardware).name == name
         assert all(getattr(hardware.figures, figure).source for figure in vars(hardware.figures))

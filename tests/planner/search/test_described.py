@@ -16,7 +16,7 @@ from benchmarks.forecast.families import shape_of
 from moecompile.compose import compose_config
 from moecompile.planner.cost_model.forecast import step_of
 from moecompile.planner.cost_model.inputs import Inputs, Layout, Software, machine_of
-from moecompile.planner.cost_model.shapes import ModelShape
+from moecompile.planner.cost_model.shapes import ModelShape, with_share
 from moecompile.planner.search.described import Space, described, in_flight, layouts, memory_of, space_of
 from moecompile.planner.search.found import Rejected
 
@@ -127,6 +127,9 @@ def test_what_is_recomputed_is_not_kept() -> None:
     assert everything - kept["moe_act"] == 4 * K * F * 2 * TOKENS
     assert everything - kept["attention"] == 4 * (D + WIDTH) * 2 * TOKENS
     assert kept["moe"] < everything
+    # In one of four layers: it keeps its input, three keep all, and one layer is whole while it is computed again.
+    quarter = needed(with_share(TINY, 0.25), layout, Software(recompute=("full",)))["activations"]
+    assert quarter == everything + 2 * D * TOKENS
 
 
 def test_micro_batches_in_flight() -> None:
