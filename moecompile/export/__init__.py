@@ -2,8 +2,8 @@
 
 from moecompile.export.adapters import load_adapters, with_adapters
 from moecompile.export.beside import carry, compare
-from moecompile.export.families import FAMILIES, pairs
-from moecompile.export.huggingface import find_target, refuse_drops, reload, write, write_tokenizer
+from moecompile.export.families import FAMILIES, pairs, refuse_drops
+from moecompile.export.huggingface import find_target, reload, write, write_tokenizer
 from moecompile.export.run import PLAN, Run, averaged, find_run, load_exported, load_run, reload_by_rows, write_native
 
 __all__ = [

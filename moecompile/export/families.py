@@ -143,6 +143,17 @@ def common(form: MoEForm, dense: Any) -> list[Refusal]:
     ]
 
 
+def refuse_drops(plan: Plan, requested: str | None) -> None:
+    """Refuses existing experts with a capacity of ours: in transformers they would compute what they drop here.
+
+    Raises:
+        ConfigError: there are some. That no token of the example is dropped says nothing.
+    """
+    for layer in plan.layers:
+        if (factor := layer.routing.capacity_factor) is not None:
+            raise no_pair(requested, f"routing.capacity_factor={factor} drops tokens of {layer.site.fqn}")
+
+
 def parts(form: MoEForm, *, gated: bool, latent: bool) -> list[Refusal]:
     """Refusals for parts of the experts that a family has otherwise.
 

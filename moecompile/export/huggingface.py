@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from moecompile.errors import ConfigError
 from moecompile.export.beside import own_fields
-from moecompile.export.families import Family, MoEForm, Names, choose_family, families_of, form_of, no_pair
+from moecompile.export.families import (
+    Family,
+    MoEForm,
+    Names,
+    choose_family,
+    families_of,
+    form_of,
+    no_pair,
+    refuse_drops,
+)
 from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.chat import load_tokenizer
 from moecompile.models.loading import refuse_incomplete
@@ -156,17 +165,6 @@ def _own_config(config: Any, plan: Plan, requested: str | None) -> Any:
     own = copy.deepcopy(config)
     vars(own).pop("auto_map", None)  # refers to code, which is not copied
     return own
-
-
-def refuse_drops(plan: Plan, requested: str | None) -> None:
-    """Refuses existing experts with a capacity of ours: in transformers they would compute what they drop here.
-
-    Raises:
-        ConfigError: there are some. That no token of the example is dropped says nothing.
-    """
-    for layer in plan.layers:
-        if (factor := layer.routing.capacity_factor) is not None:
-            raise no_pair(requested, f"routing.capacity_factor={factor} drops tokens of {layer.site.fqn}")
 
 
 def _family_config(family: Family, form: MoEForm, dense: Any) -> Any:
