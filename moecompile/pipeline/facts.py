@@ -168,7 +168,12 @@ def _layers(model: nn.Module, layers: Sequence[nn.Module], captured: Captured) -
     holders = [_with_sites(path, layer, sites) for path, layer in named]
     names = {name for found in holders for name in found}
     return tuple(
-        LayerFact(path=path, kind=kind, parts=tuple(_layer_parts(layer, found, names)))
+        LayerFact(
+            path=path,
+            kind=kind,
+            params=sum(parameter.numel() for parameter in layer.parameters()),
+            parts=tuple(_layer_parts(layer, found, names)),
+        )
         for (path, layer), found, kind in zip(named, holders, kinds_of(layers), strict=True)
     )
 

@@ -13,7 +13,7 @@ vocabulary.
    With tp, those of P_d that the tp_plan splits and the shared experts are divided by tp too.
 2. Parameters that FSDP gathers. It frees a layer before it gathers the next, but keeps the root (embeddings, head,
    norm):
-       unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_unsharded_params`
+       unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_Whole`
                    with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
    On one rank, without trainer.precision=bf16_params, nothing is gathered or reduced.             -> `_has_fsdp`
    Gradients, without those of routers:                                                        -> `Gradients`, `_grads`
@@ -23,9 +23,11 @@ vocabulary.
                 reduce=each   4 own, in fp32 or wider
        shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
        layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
-                buffer in which FSDP has just reduced the layer before: a (head + layer) + 4 layer;
-                where no stage has another layer, without this buffer
-       reduced  the same with it, after the layer's backward
+                buffer in which FSDP has just reduced the layer that had its backward before: a (head + layer) + 4 that
+                one; where no stage has another layer, without this buffer
+       reduced  after the layer's backward: a (head + layer) + 4 layer
+                Both are of the layer that needs most together with whole weights, of which `weights` below has those
+                of the largest: its own, or the next one's, which is gathered by then; when it is reduced, the latter
        root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
        freed    whole weights, all of which FSDP has freed by then: a unsharded; none where they stay for the next
                 micro-batch
@@ -45,8 +47,8 @@ vocabulary.
        forward   held + kept + 2/3 loss + 2 T V [narrow]       logits, also as they were if not fp32; their log-softmax
                  held + kept + forward                         attention's scores
        loss      held + kept + loss
-       layers    held + max(kept, before) + layer + layers     shards grow as what was kept is freed
-       reduced   held + before + reduced
+       layers    held + max(kept, before) + layer + layers     shards grow as what was kept is freed: those of
+       reduced   held + max(kept, before) + reduced            each layer: of it and lower ones, of higher ones
        end       held + shards + root - freed
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
@@ -110,6 +112,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
+from typing import NamedTuple
 
 from moecompile.mesh import MeshSpec, Part
 from moecompile.plan import (
@@ -227,6 +230,24 @@ def _activations_in_words(
     return f"one layer's forward and backward with {tokens}"
 
 
+class Moment(NamedTuple):
+    """Gradients of a layer's backward, bytes, beside activations that are kept for `rest` of all layers, and beside
+    `done` of the shards of other layers.
+    """
+
+    rest: float
+    done: float
+    bytes: int
+
+    def share(self, made: Activations) -> float:
+        """Of what layers keep; that of other micro-batches in flight stays."""
+        return 1 - (1 - self.rest) / max(1.0, made.in_flight)
+
+    def kept(self, made: Activations) -> float:
+        """Activations that are there."""
+        return made.stays + (made.kept - made.stays) * self.share(made)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
     """Bytes of gradients at the moments of a micro-batch (step 2)."""
@@ -234,15 +255,21 @@ class Gradients:
     held: int = 0
     shards: int = 0
     before: int = 0
-    layer: int = 0
-    reduced: int = 0
+    layer: tuple[Moment, ...] = (Moment(1, 1, 0),)
+    reduced: tuple[Moment, ...] = (Moment(0, 1, 0),)
     root: int = 0
     freed: int = 0
 
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.held + self.shards + max(self.layer, self.reduced, self.root)
+        return self.held + self.shards + max(self.root, *(each.bytes for each in self.layer + self.reduced))
+
+    def in_backward(self, made: Activations) -> list[tuple[Moment, float]]:
+        """Those of layers, each with all that is there beside what is kept and what other layers' shards take."""
+        return [(each, self.held + each.bytes + made.layers) for each in self.layer] + [
+            (each, self.held + each.bytes) for each in self.reduced
+        ]
 
 
 def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
@@ -251,8 +278,7 @@ def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
         max(
             grads.held + made.kept + max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward),
             grads.held + made.kept + made.loss,
-            grads.held + max(made.kept, grads.before) + grads.layer + made.layers,
-            grads.held + grads.before + grads.reduced,
+            *(max(at.kept(made), grads.before * at.done) + rest for at, rest in grads.in_backward(made)),
             grads.held + grads.shards + grads.root - grads.freed,
         )
     )
@@ -268,7 +294,12 @@ def most_kept(grads: Gradients, made: Activations, run: RunFacts, limit: float) 
     if together(grads, replace(made, kept=0.0), run) > limit:
         return -1.0
     forward = max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward)
-    return limit - grads.held - max(forward, made.loss, grads.layer + made.layers)
+    in_backward = [
+        made.stays + (limit - rest - made.stays) / share
+        for at, rest in grads.in_backward(made)
+        if (share := at.share(made))
+    ]
+    return min(limit - grads.held - max(forward, made.loss), *in_backward)
 
 
 def model_state_bytes(
@@ -281,6 +312,8 @@ def model_state_bytes(
     trained_share = share if facts.adapters is None else expert_share(layers, mesh, adapters_only=True)
     own = own_params(layers, mesh, facts, share, trained=False)
     own_trained = own_params(layers, mesh, facts, trained_share, trained=True)
+    whole = _whole(layers, mesh, facts)
+    gathered = _gathered_params(whole, layers, mesh, facts, run)
     number, stored = trained_bytes(facts), own * facts.bytes_per_param + _whole_bytes(params, facts)
     tables = numbers_here(facts, mesh)
     stored += sum(here * fact.number_bytes for fact, here in tables.items())
@@ -289,8 +322,8 @@ def model_state_bytes(
     if facts.adapters is not None:
         stored += own_trained * (number - facts.bytes_per_param) + trained.router * FP32_BYTES
     return (
-        stored + _gathered_params(layers, mesh, facts, run) * run.compute_bytes,
-        _with_tables(_grads(own_trained, trained, layers, mesh, facts, run), own_tables * number, run),
+        stored + gathered * run.compute_bytes,
+        _with_tables(_grads(own_trained, trained, whole, gathered, mesh, facts, run), own_tables * number, run),
         state_bytes(
             own_trained + own_tables,
             _whole_bytes(trained, facts),
@@ -386,22 +419,57 @@ def _has_fsdp(mesh: MeshSpec, run: RunFacts) -> bool:
     return mesh.world_size > 1 or run.precision.startswith(Precision.bf16_params.value)
 
 
-def _unsharded_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
-    """Parameters that are unsharded at the same time (step 2)."""
-    if not _has_fsdp(mesh, run):
-        return 0
-    return whole_params(layers, mesh, facts)[1] + sum(_largest_layer(layers, mesh, facts))
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """Parameters of what FSDP gathers as a whole (step 2): root, and layers, in order: each without experts, and of
+    them.
+    """
+
+    root: int
+    layers: tuple[tuple[int, int], ...]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Of the layers."""
+        return max(self.layers, key=sum)
+
+    @property
+    def at_once(self) -> int:
+        """What is unsharded at the same time."""
+        return self.root + sum(self.largest)
+
+    @property
+    def in_backward(self) -> list[tuple[int, int, int]]:
+        """The layer that has just had its backward, one that has it, and the one that has it next; 0: none."""
+        sizes = [sum(each) for each in self.layers]
+        return list(zip((*sizes[1:], 0), sizes, (0, *sizes[:-1]), strict=True))
 
 
-def _largest_layer(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
-    """Whole parameters of the largest layer, without experts and of them."""
+def _whole(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> _Whole:
+    """What no planned site has is spread over layers as the model's own parameters are; evenly, where those are
+    unknown.
+    """
     counts, params = [layer_params(layer) for layer in layers], model_params(layers, facts)
     in_layers = params.dense - facts.params_embedding - sum(c.shared for c in counts)
     in_layers -= params.split_layers - mesh.share(params.split_layers, Part.WEIGHTS)
     in_layers += padding(layers, mesh, facts).layers
-    pairs = [(c.shared, padded_experts(layer, mesh)) for layer, c in zip(layers, counts, strict=True)]
-    shared, experts = max(pairs, key=sum, default=(0, 0))
-    return -(-in_layers // max(1, facts.num_layers, len(layers))) + shared, experts
+    own = {fact.path: fact.params for fact in facts.layers}
+    made = dict.fromkeys(own, (0, 0))
+    for i, (layer, of) in enumerate(zip(layers, counts, strict=True)):
+        path = owner_of(layer, own) or f"#{i}"
+        shared, experts = made.get(path, (0, 0))
+        made[path] = shared + of.shared, max(experts, padded_experts(layer, mesh))
+        own[path] = own.get(path, 0) - of.dense
+    for table in facts.spread:
+        path = next((path for path in own if table.lookup.weight.startswith(f"{path}.")), "")
+        own[path] = own.get(path, 0) - table.lookup.numbers
+    made |= {f"#{i}": (0, 0) for i in range(len(made), max(1, facts.num_layers))}
+    parts = {path: max(0, own.get(path, 0)) for path in made}
+    if not any(parts.values()):
+        parts = dict.fromkeys(made, 1)
+    total = sum(parts.values())
+    sizes = [(-(-in_layers * parts[path] // total) + shared, experts) for path, (shared, experts) in made.items()]
+    return _Whole(root=whole_params(layers, mesh, facts)[1], layers=tuple(sizes))
 
 
 def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
@@ -413,57 +481,79 @@ def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts)
     return in_layers + sum(padded_experts(layer, mesh) for layer in layers), root
 
 
-def _gathered_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> int:
+def _gathered_params(
+    whole: _Whole, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+) -> int:  # fmt: skip
     """Parameters that are whole at the same time."""
-    if _has_fsdp(mesh, run) and run.gather == "step":
-        return sum(whole_params(layers, mesh, facts))
-    return _unsharded_params(layers, mesh, facts, run)
+    if _has_fsdp(mesh, run):
+        return sum(whole_params(layers, mesh, facts)) if run.gather == "step" else whole.at_once
+    return 0
 
 
 def _grads(
-    own: int, trained: ModelParams, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts
+    own: int, trained: ModelParams, whole: _Whole, gathered: int, mesh: MeshSpec, facts: ModelFacts, run: RunFacts
 ) -> Gradients:
-    """Step 2, with those of whole weights; `own`: trained parameters that the rank stores."""
+    """Step 2, with those of whole weights; `own`: trained parameters that the rank stores; gathered: those that are
+    whole.
+    """
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
     number, router = trained_bytes(facts), _whole_bytes(trained, facts)
     if not _has_fsdp(mesh, run):
         reduced = own * number + router
         return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced, before=reduced)
-    root = whole_params(layers, mesh, facts)[1]
-    layer = min(all_grads, _unsharded_params(layers, mesh, facts, run) - root)
+    root, layer = whole.root, min(all_grads, sum(whole.largest))
     if run.keeps_whole_grads:
         buffer = layer * FP32_BYTES if mesh.world_size == 1 else 0  # no part of what is held is freed by reducing
-        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router, layer=buffer)
+        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router, layer=(Moment(1, 1, buffer),))
     root = min(all_grads, root) if facts.adapters is None else 0
     head = min(root, facts.vocab_size * facts.d_model or root) if facts.has_head else 0
     wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
     held = own * wide + router if run.accumulation > 1 else 0
     shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
     is_freed = run.gather == "layer" or run.accumulation == 1
-    freed, before = _gathered_params(layers, mesh, facts, run) * run.compute_bytes * is_freed, shards
+    freed, before = gathered * run.compute_bytes * is_freed, shards
     if facts.adapters is None and shards:
-        dense, experts = _largest_layer(layers, mesh, facts)
+        dense, experts = whole.largest
         own_layer = dense // mesh.size(Part.STORED) + experts // mesh.edp_shard
         # No more than whole ones: the next layer, which may be small, is beside the same fp32 buffer.
         later = own_layer * min(number, made) + root // mesh.size(Part.STORED) * number
-        still = _unsharded_params(layers, mesh, facts, run) * run.compute_bytes
+        still = whole.at_once * run.compute_bytes
         before = max(0, shards - later - max(0, freed - still))
-    whole, buffer = made * min(all_grads, head + layer), wide * layer
+    beside, weight = wide * (run.layers_at_once != 1), run.compute_bytes * is_freed
+    of_layers, of_reduced, number = list[Moment](), list[Moment](), len(whole.layers)
+    for i, (last, this, coming) in enumerate(whole.in_backward):
+        done, own = (number - 1 - i) / (number - 1) if number > 1 else 1, made * min(all_grads, head + this)
+        bytes_ = own + beside * min(all_grads, last) + weight * (max(this, coming) - sum(whole.largest))
+        of_layers.append(Moment((i + 1) / number, done, bytes_))
+        bytes_ = own + wide * min(all_grads, this) + weight * (coming - sum(whole.largest))
+        of_reduced.append(Moment(i / number, done, bytes_))
     return Gradients(
-        held=held, shards=shards, before=before, layer=whole + buffer * (run.layers_at_once != 1),
-        reduced=whole + buffer, root=(made + wide) * root, freed=freed,
+        held=held, shards=shards, before=before, layer=_fullest(of_layers), reduced=_fullest(of_reduced),
+        root=(made + wide) * root, freed=freed,
     )  # fmt: skip
+
+
+def _fullest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Of those with as many bytes, the first and the last: one of them has most beside it."""
+    ends: dict[int, list[Moment]] = {}
+    for each in moments:
+        ends.setdefault(each.bytes, [each, each])[1] = each
+    return tuple(dict.fromkeys(each for pair in ends.values() for each in pair))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes (A2). kept: from forward until a layer's backward. loss, layers, forward: more than that, at a moment."""
+    """Bytes (A2). kept: from forward until a layer's backward, of in_flight micro-batches, but for the part that stays
+    in all of backward. loss, layers, forward: more than that, at a moment.
+    """
 
     kept: float
     loss: float
     layers: float
     forward: float = 0.0
+    in_flight: float = 1.0
+    stays: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -476,7 +566,8 @@ def activations(
 ) -> Activations:  # fmt: skip
     """Step A2, with what lookups in spread tables keep."""
     made = _of_layers(layers, mesh, facts, run, known or Known())
-    return replace(made, kept=made.kept + kept_bytes(facts, run)) if facts.spread else made
+    stays = kept_bytes(facts, run)
+    return replace(made, kept=made.kept + stays, in_flight=run.in_flight, stays=stays)
 
 
 def _of_layers(

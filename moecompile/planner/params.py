@@ -125,11 +125,12 @@ class CutFacts:
 @dataclass(frozen=True, kw_only=True)
 class LayerFact:
     """A layer: its path, and for each part of it (moecompile.plan.recompute) the paths of its modules in the layer. No
-    parts: only the whole layer can be computed again. kind: equal for layers that are alike.
+    parts: only the whole layer can be computed again. kind: equal for layers that are alike. params: its parameters.
     """
 
     path: str
     kind: int = 0
+    params: int = 0
     parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 

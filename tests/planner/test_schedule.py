@@ -56,13 +56,13 @@ def test_one_rank_has_one_way() -> None:
 
 def test_memory_of_each_way() -> None:
     """Gradients are a rank's shards, a whole layer, its head's and a buffer, instead of all; weights are all of them,
-    instead of a layer.
+    instead of a layer. The buffer is that of the other layer, which has no experts, or of its own, if its weights stay.
     """
     own = (ROOT + IN_LAYERS) // 4 + EXPERTS // 2
     of_layer, every = ROOT + IN_LAYERS // 2 + EXPERTS, ROOT + IN_LAYERS + EXPERTS
     assert FACTS.num_layers == 2
-    for reduce, grads in (("last", every), ("each", own + of_layer + of_layer - ROOT)):
-        for gather, whole in (("layer", of_layer), ("step", every)):
+    for gather, whole, buffer in (("layer", of_layer, IN_LAYERS // 2), ("step", every, of_layer - ROOT)):
+        for reduce, grads in (("last", every), ("each", own + of_layer + buffer)):
             run = replace(ACCUMULATED, reduce=reduce, gather=gather)
             found = memory_of_fullest_rank(LAYERS, MESH, FACTS, run)
             assert found.grads == 4 * (grads + ROUTER)
@@ -73,7 +73,7 @@ def test_bf16_weights_have_gradients_in_fp32_beside_them() -> None:
     facts = replace(FACTS, bytes_per_param=2)
     run = replace(ACCUMULATED, reduce="each", compute_bytes=2)
     own, of_layer = (ROOT + IN_LAYERS) // 4 + EXPERTS // 2, ROOT + IN_LAYERS // 2 + EXPERTS
-    sums, shards, buffer = 4 * (own + ROUTER), 2 * own, 4 * (of_layer - ROOT)
+    sums, shards, buffer = 4 * (own + ROUTER), 2 * own, (4 - 2) * (of_layer - ROOT)  # whose weights are freed by then
     assert memory_of_fullest_rank(LAYERS, MESH, facts, run).grads == sums + shards + 2 * of_layer + buffer
 
 

@@ -239,6 +239,26 @@ def test_weights_are_freed_before_the_gradients_of_many_words_are_reduced(given:
     assert peak.seen == pytest.approx(peak.planned, rel=0.07)  # a third apart if these counted
 
 
+QWEN = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 16384, "moe_intermediate_size": 32, "num_experts": 16,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dense", [0, 1, 3])
+def test_the_largest_layer_is_whole(dense: int, tmp_path: Path) -> None:
+    """Not the mean of all: a dense layer here has 36 times the weights of the others without their experts."""
+    base = [
+        "model=qwen3_30b_a3b", *(f"model.config.{name}={size}" for name, size in QWEN.items()), *NARROW[-5:],
+        f"+model.config.mlp_only_layers=[{dense}]", "data.seq_len=16", "trainer.gather=layer", "trainer.reduce=each",
+    ]  # fmt: skip
+    config, plan, facts, run = described([], base=base)
+    with no_group():
+        rows = rows_of(rehearsed(config, plan, 0, 1.0, tmp_path), plan, facts, run)
+    found = {row.name: row.seen / row.planned for row in rows if row.planned and not row.axis}
+    assert found["weights"] == pytest.approx(1, abs=0.002) and found["peak"] == pytest.approx(1, abs=0.02)
+
+
 def test_what_a_gpu_makes_inside_of_experts_is_held(tmp_path: Path) -> None:
     wide = ["model.config.moe_intermediate_size=1024", "model.config.n_routed_experts=32", "data.seq_len=256"]
     found = {}
