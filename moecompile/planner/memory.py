@@ -521,13 +521,13 @@ def _grads(
         still = whole.at_once * run.compute_bytes
         before = max(0, shards - later - max(0, freed - still))
     beside, weight = wide * (run.layers_at_once != 1), run.compute_bytes * is_freed
-    of_layers, of_reduced, number = list[Moment](), list[Moment](), len(whole.layers)
+    of_layers, of_reduced, count, largest = list[Moment](), list[Moment](), len(whole.layers), sum(whole.largest)
     for i, (last, this, coming) in enumerate(whole.in_backward):
-        done, own = (number - 1 - i) / (number - 1) if number > 1 else 1, made * min(all_grads, head + this)
-        bytes_ = own + beside * min(all_grads, last) + weight * (max(this, coming) - sum(whole.largest))
-        of_layers.append(Moment((i + 1) / number, done, bytes_))
-        bytes_ = own + wide * min(all_grads, this) + weight * (coming - sum(whole.largest))
-        of_reduced.append(Moment(i / number, done, bytes_))
+        done, mine = (count - 1 - i) / (count - 1) if count > 1 else 1, made * min(all_grads, head + this)
+        at_layer = mine + beside * min(all_grads, last) + weight * (max(this, coming) - largest)
+        at_reduced = mine + wide * min(all_grads, this) + weight * (coming - largest)
+        of_layers.append(Moment((i + 1) / count, done, at_layer))
+        of_reduced.append(Moment(i / count, done, at_reduced))
     return Gradients(
         held=held, shards=shards, before=before, layer=_fullest(of_layers), reduced=_fullest(of_reduced),
         root=(made + wide) * root, freed=freed,
