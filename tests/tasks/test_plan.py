@@ -247,6 +247,25 @@ def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Pat
     assert theirs["described_memory_bytes"] < 74.5 * 2**30 < theirs["described_memory_bytes_uneven"]
 
 
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 256, "num_hidden_layers": 4,
+    "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 512,
+    "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 16,
+}  # fmt: skip
+
+
+def test_what_is_offered_is_of_the_model_that_was_given(tmp_path: Path) -> None:
+    """Not of one with the recipe's `experts.layers`: a layer of experts that is not planned is whole on every rank."""
+    words = [
+        "recipe=deepseek_ep", "model=deepseek_v3", *(f"model.config.{name}={size}" for name, size in SMALL.items()),
+        "mesh=cpu_1x4", "hardware=laptop", "hardware.memory_gib=0.3", "data.seq_len=512", "data.micro_batch_size=8",
+        "data.global_batch_size=32",
+    ]  # fmt: skip
+    task.run(compose_config(words), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["fits"], result["remedies"][0]["change"]) == ("no", "trainer.checkpointing=budget")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",

@@ -67,6 +67,8 @@ _NAMES = {
 }  # fmt: skip
 _FEW = ("ep", "micro_batch", "checkpointing")
 _GIVEN_PLAN = ("micro_batch", "checkpointing")
+_OF_LAYOUT = ("mesh", "data", "trainer", "pipeline", "dispatch", "optimizer")
+"""Groups whose keys may be changed, also those that were given."""
 _DOUBLED, _MOST_NODES = 3, 65_536
 _SEARCHED = ("mesh.ep", "mesh.dp_replicate")
 _PRECISION, _NODES, _STATE = "trainer.precision", "mesh.num_nodes", "optimizer.state"
@@ -180,7 +182,8 @@ def _candidates(
 ) -> tuple[Plan, list[Candidate]]:  # fmt: skip
     """The plan that training must not change, and the layouts of a stage that fit."""
     start = with_settings(config, stage.changed)
-    start = replace(start, given=[], search=SearchConfig(axes=list(stage.axes)))
+    given = [key for key in config.given if key.partition(".")[0] not in _OF_LAYOUT]  # what says which model it is
+    start = replace(start, given=given, search=SearchConfig(axes=list(stage.axes)))
     base, _ = draft_plan(sites, start, facts)
     axes = axes_of(start, base.layers, base.mesh.ep, facts)
     search = Search(
