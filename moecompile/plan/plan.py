@@ -39,7 +39,9 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank. apart: bytes of gradients and activations that never coexist."""
+    """Bytes on the fullest rank. apart: bytes of these parts that never coexist; less than 0: bytes that are beside
+    them for a moment, of weights that come early and of gradients that are summed.
+    """
 
     weights: int
     grads: int

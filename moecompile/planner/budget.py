@@ -111,7 +111,7 @@ class Budget:
                 "Use auto",
             )  # fmt: skip
         loads = [replace(run, checkpointing="none", row_load=load) for load in (run.row_load, 1.0)]
-        self.whole = [activations(layers, mesh, facts, each) for each in loads]
+        self.whole = [replace(activations(layers, mesh, facts, each), each=()) for each in loads]
         self.beside = kept_bytes(facts, run)
         bytes_, even = (layer_bytes(layers, mesh, facts, each) for each in loads)
         with_experts = {owner_of(layer, bytes_) for layer in layers}
@@ -140,7 +140,7 @@ class Budget:
         best, least, used = None, inf, inf
         for bound, hulls in self.hulls:
             made = replace(self.whole[0], layers=self.whole[0].layers + bound)
-            room = most_kept(grads, made, run, limit) - self.beside
+            room = most_kept(grads, made, limit) - self.beside
             filled = _filled(self.kinds, hulls, room)
             if filled is not None and filled.seconds < least:
                 best, least, used = filled, filled.seconds, bound
@@ -343,8 +343,8 @@ def within(
     chosen = budget.within(grads, run, (1 - HEADROOM) * limit - rest - buffers)
     return Within(
         run=replace(run, recomputed=chosen.recomputed),
-        expected=rest + buffers + together(grads, chosen.expected, run),
-        even=rest + even_buffers + together(grads, chosen.even, run),
+        expected=rest + buffers + together(grads, chosen.expected),
+        even=rest + even_buffers + together(grads, chosen.even),
     )
 
 

@@ -16,24 +16,23 @@ vocabulary.
        unsharded = root + max over layers of (dense part of the layer + E / ep experts)        -> `_Whole`
                    with gather=step: all of them, P_d + P_e / ep                                  -> `whole_params`
    On one rank, without trainer.precision=bf16_params, nothing is gathered or reduced.             -> `_has_fsdp`
-   Gradients, without those of routers:                                                        -> `Gradients`, `_grads`
+   Gradients, without those of routers: held in all of a step, and those of its fullest micro-batch   -> `Gradients`
        held     from the first micro-batch to the step. With gradient accumulation and
                 reduce=last   those of all weights in fp32, reduced once, after the last micro-batch: P_d + P_e / ep;
-                              on one rank beside the buffer of a layer, below
+                              in fp32 a layer's experts' are made beside them, a q below
                 reduce=each   4 own, in fp32 or wider
-       shards   of this micro-batch, reduced: b own, if they are not added to `held` one by one as fp32 is
-       layer    whole ones in a layer's backward: its own, those of the head, which wait for the root's, and the fp32
-                buffer in which FSDP has just reduced the layer that had its backward before: a (head + layer) + 4 that
-                one; where no stage has another layer, without this buffer
-       reduced  after the layer's backward: a (head + layer) + 4 layer
-                Both are of the layer that needs most together with whole weights, of which `weights` below has those
-                of the largest: its own, or the next one's, which is gathered by then; when it is reduced, the latter
-       root     whole ones when the root is reduced, last, beside their fp32 buffer: (a + 4) root
-       freed    whole weights, all of which FSDP has freed by then: a unsharded; none where they stay for the next
-                micro-batch
-       before   shards that are there in a layer's backward, beside weights that FSDP has freed by then: those of other
-                layers, less their whole weights with gather=step (and accumulation = 1)
-       weights = b own + a unsharded,  grads = held + shards + max(layer, reduced, root),  optimizer: optimizer.py
+       The others layer by layer, from the last to the first, as FSDP2 gathers, frees and reduces. A layer has p dense
+       parameters, in shards of r ranks, and q of its experts, in shards of s:                         -> `_Walk`
+       layer    it has its backward: a (head + p + q), as the head's wait for the root's; 4 (p + q) of the layer before,
+                the fp32 buffer in which it was reduced. Whole are its weights, and of the next one's the buffer in
+                which they come, if r, s > 1
+       experts  they are reduced first, and their weights are free: a (head + p) + 4 q, beside which are a q until they
+                are copied to that buffer, then (4 + b) q / s, what they are summed to
+       dense    so is the rest: a head + 4 (p + q), beside which are a p, then (4 + b) p / r
+       then     b (p / r + q / s) stay, where fp32 is not added to `held` at once; with reduce=last, 4 (p + q) of what
+                is held are free. With gather=step the weights of each layer are freed by the last backward alone
+       root     a root beside the last layer's buffer; when it is reduced, 4 root, and a root or what it is summed to
+       weights = b own + a unsharded,  grads = held + the most of these,  optimizer: optimizer.py
    Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
    moments, and with accumulation the gradients of this micro-batch besides (lookups.py). Frozen weights have no
    gradients and no moments: for these two, `own` counts trained parameters only (adapters, if there are any), and their
@@ -43,13 +42,12 @@ vocabulary.
        dispatch = max over layers of 2 T copies D a
    Slots for borrowed experts are counted here too.                                               -> lending.py
 
-5. Five moments of a micro-batch are compared:                                                       -> `together`
-       forward   held + kept + 2/3 loss + 2 T V [narrow]       logits, also as they were if not fp32; their log-softmax
-                 held + kept + forward                         attention's scores
-       loss      held + kept + loss
-       layers    held + max(kept, before) + layer + layers     shards grow as what was kept is freed: those of
-       reduced   held + max(kept, before) + reduced            each layer: of it and lower ones, of higher ones
-       end       held + shards + root - freed
+5. These moments of a micro-batch are compared, each with the whole weights that are there and with activations of the
+   layers whose backward is still to come:                                                           -> `together`
+       forward   held + kept + forward                 attention's scores; a layer and the buffer that it came in
+       loss      held + kept + loss                    no whole layer, but the buffer of the last
+       layer     held + kept + layer + layers          `layers` of that layer
+       reduced   held + kept + experts, dense, root
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
 ranks use.
@@ -89,13 +87,12 @@ A2. All layers. What one keeps outside of its MoE layer, and makes for a while b
                                       again = the largest part that is computed again
        Exchanges that are sent again are not kept.
 A3. Backward of one MoE layer: the gradients of rows, in and out, of its input and output, and of hidden rows.
-       backward = b T rows + a T 2 D + w                                                        -> `backward_bytes`
+       backward = b T rows + a T 2 D                                                            -> `backward_bytes`
        rows     = K (2 D + F)
        on a GPU, fused and in bf16, where one product computes all experts, with v rows that reach the op, which has one
        for each of its assignments (1 without exchanges):
        rows     = max(v D + K (D + 4 F), 2 v D + K (D + 2 F))        of what precedes the activation; of the rows
-   Where gradients of whole layers are kept, those of its experts are made beside them: w = a P_e / ep of the layer,
-   else 0. Where exchanges are in flight, weight gradients are computed after those of the rows
+   Where exchanges are in flight, weight gradients are computed after those of the rows
    (passes/delay_gradients.py). What they need is kept until then, one layer at a time:
        + b T (K F + copies D)                    fused: gradients of the hidden rows and of the partial sums
        + a T K (n F + D)                         unfused: of the rows into and out of the activation  -> `left_bytes`
@@ -107,7 +104,7 @@ between split linears are counted whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -163,7 +160,7 @@ def memory_of_fullest_rank(
         optimizer=optimizer,
         activations=made.peak,
         dispatch=buffer_bytes(layers, mesh, run),
-        apart=grads.peak + made.peak - together(grads, made, run),
+        apart=grads.peak + made.peak - together(grads, made),
     )
 
 
@@ -231,75 +228,68 @@ def _activations_in_words(
 
 
 class Moment(NamedTuple):
-    """Gradients of a layer's backward, bytes, beside activations that are kept for `rest` of all layers, and beside
-    `done` of the shards of other layers.
+    """Bytes at a moment at which activations are kept for `rest` of all layers: gradients, and whole weights beyond
+    those that are counted as weights (less than 0: below them). place: of the layer that has its backward; -1: any.
     """
 
     rest: float
-    done: float
-    bytes: int
+    grads: float
+    weights: float = 0
+    place: int = -1
+
+    @property
+    def bytes(self) -> float:
+        """Of both."""
+        return self.grads + self.weights
 
     def share(self, made: Activations) -> float:
         """Of what layers keep; that of other micro-batches in flight stays."""
         return 1 - (1 - self.rest) / max(1.0, made.in_flight)
 
-    def kept(self, made: Activations) -> float:
-        """Activations that are there."""
-        return made.stays + (made.kept - made.stays) * self.share(made)
+    def beside(self, made: Activations) -> float:
+        """With the activations that are there."""
+        return self.bytes + made.stays + (made.kept - made.stays) * self.share(made)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Bytes of gradients at the moments of a micro-batch (step 2)."""
+    """Bytes of gradients at the moments of a micro-batch (step 2). held: at all of them. most: at one of them."""
 
     held: int = 0
-    shards: int = 0
-    before: int = 0
-    layer: tuple[Moment, ...] = (Moment(1, 1, 0),)
-    reduced: tuple[Moment, ...] = (Moment(0, 1, 0),)
-    root: int = 0
-    freed: int = 0
+    most: int = 0
+    forward: tuple[Moment, ...] = (Moment(1, 0),)
+    loss: float = 0
+    layers: tuple[Moment, ...] = (Moment(1, 0),)
+    reduced: tuple[Moment, ...] = ()
 
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.held + self.shards + max(self.root, *(each.bytes for each in self.layer + self.reduced))
-
-    def in_backward(self, made: Activations) -> list[tuple[Moment, float]]:
-        """Those of layers, each with all that is there beside what is kept and what other layers' shards take."""
-        return [(each, self.held + each.bytes + made.layers) for each in self.layer] + [
-            (each, self.held + each.bytes) for each in self.reduced
-        ]
+        return self.held + self.most
 
 
-def together(grads: Gradients, made: Activations, run: RunFacts) -> int:
+def together(grads: Gradients, made: Activations) -> int:
     """Bytes of gradients and activations at their fullest moment (step 5)."""
     return round(
-        max(
-            grads.held + made.kept + max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward),
-            grads.held + made.kept + made.loss,
-            *(max(at.kept(made), grads.before * at.done) + rest for at, rest in grads.in_backward(made)),
-            grads.held + grads.shards + grads.root - grads.freed,
+        grads.held
+        + max(
+            made.kept + grads.loss + made.loss,
+            *(at.beside(made) + made.forward for at in grads.forward),
+            *(at.beside(made) + made.of_layer(at.place) for at in grads.layers),
+            *(at.beside(made) for at in grads.reduced),
         )
     )
 
 
-def _before_loss(run: RunFacts) -> float:
-    """How many of the logits there are before the loss's backward."""
-    return 2.5 if run.is_mixed or run.compute_bytes < FP32_BYTES else 2
-
-
-def most_kept(grads: Gradients, made: Activations, run: RunFacts, limit: float) -> float:
+def most_kept(grads: Gradients, made: Activations, limit: float) -> float:
     """Bytes that layers may keep for backward so that `together` is at most `limit`; negative: none may."""
-    if together(grads, replace(made, kept=0.0), run) > limit:
+    if together(grads, replace(made, kept=made.stays)) > limit:
         return -1.0
-    forward = max(made.loss * _before_loss(run) / LOGITS_COPIES, made.forward)
-    in_backward = [
-        made.stays + (limit - rest - made.stays) / share
-        for at, rest in grads.in_backward(made)
-        if (share := at.share(made))
-    ]
-    return min(limit - grads.held - max(forward, made.loss), *in_backward)
+    rest = limit - grads.held - made.stays
+    moments = [(Moment(1, grads.loss), made.loss)]
+    moments += [(at, made.forward) for at in grads.forward] + [(at, made.of_layer(at.place)) for at in grads.layers]
+    moments += [(at, 0.0) for at in grads.reduced]
+    return made.stays + min((rest - at.bytes - more) / share for at, more in moments if (share := at.share(made)))
 
 
 def model_state_bytes(
@@ -340,7 +330,10 @@ def model_state_bytes(
 def _with_tables(grads: Gradients, bytes_: int, run: RunFacts) -> Gradients:
     """With those of spread rows: of this micro-batch, and with accumulation of all before, to which they are added."""
     held = bytes_ if run.accumulation > 1 else 0
-    return replace(grads, held=grads.held + held, shards=grads.shards + bytes_, before=grads.before + bytes_)
+    layers, reduced = (
+        tuple(at._replace(grads=at.grads + bytes_ * (1 - at.rest)) for at in of) for of in (grads.layers, grads.reduced)
+    )
+    return replace(grads, held=grads.held + held, most=grads.most + bytes_, layers=layers, reduced=reduced)
 
 
 class Known:
@@ -352,36 +345,30 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self._bytes: dict[tuple[_OfLayer, bool, Hashable], float] = {}
-        self._most: dict[tuple[_OfLayer, bool, int], tuple[Sequence[LayerPlan], float]] = {}
-        self._layers: dict[int, tuple[ModelFacts, _AllLayers]] = {}
+        self._rows: dict[Hashable, float] = {}
+        self._most: dict[int, tuple[Sequence[LayerPlan], float]] = {}
+        self._layers: dict[tuple[int, int], tuple[Sequence[LayerPlan], ModelFacts, _AllLayers]] = {}
 
-    def most(self, of: _OfLayer, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> float:
-        """The most of one of these layers; 0 without any."""
-        key = of, run.keeps_whole_grads, id(layers)
-        if key not in self._most:  # which keeps the layers, whose id must not become another's
-            self._most[key] = layers, max((self._of(of, layer, mesh, run) for layer in layers), default=0)
-        return self._most[key][1]
-
-    def _of(self, of: _OfLayer, layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
-        key = of, run.keeps_whole_grads, layer.alike
-        if key not in self._bytes:
-            self._bytes[key] = of(layer, mesh, run)
-        return self._bytes[key]
+    def rows(self, layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts) -> float:
+        """`_exchanged_rows` of the layer that has the most; 0 without any."""
+        if id(layers) not in self._most:  # which keeps the layers, whose id must not become another's
+            for layer in layers:
+                if layer.alike not in self._rows:
+                    self._rows[layer.alike] = _exchanged_rows(layer, mesh, run)
+            self._most[id(layers)] = layers, max((self._rows[layer.alike] for layer in layers), default=0)
+        return self._most[id(layers)][1]
 
     def layers(self, layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> _AllLayers:
         """What these layers, which are those of `facts`, can keep for backward."""
-        if id(facts) not in self._layers:
-            self._layers[id(facts)] = facts, _AllLayers(layer_bytes(layers, mesh, facts, run).values())
-        return self._layers[id(facts)][1]
-
-
-_OfLayer = Callable[[LayerPlan, MeshSpec, RunFacts], float]
+        key = id(layers), id(facts)
+        if key not in self._layers:
+            self._layers[key] = layers, facts, _AllLayers(layer_bytes(layers, mesh, facts, run).values())
+        return self._layers[key][-1]
 
 
 def buffer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, run: RunFacts, known: Known | None = None) -> int:
     """Bytes of buffers of an exchange (step 4)."""
-    rows = (known or Known()).most(_exchanged_rows, layers, mesh, run)
+    rows = (known or Known()).rows(layers, mesh, run)
     lent = lending(layers, run)
     return round(tokens_of_a_rank(mesh, run) * run.compute_bytes * rows) + (0 if lent is None else lent.slot_bytes)
 
@@ -438,12 +425,6 @@ class _Whole:
         """What is unsharded at the same time."""
         return self.root + sum(self.largest)
 
-    @property
-    def in_backward(self) -> list[tuple[int, int, int]]:
-        """The layer that has just had its backward, one that has it, and the one that has it next; 0: none."""
-        sizes = [sum(each) for each in self.layers]
-        return list(zip((*sizes[1:], 0), sizes, (0, *sizes[:-1]), strict=True))
-
 
 def _whole(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> _Whole:
     """What no planned site has is spread over layers as the model's own parameters are; evenly, where those are
@@ -498,54 +479,121 @@ def _grads(
     """
     split = min(trained.dense, trained.split_root + trained.split_layers)
     all_grads = trained.dense - split + mesh.share(split, Part.WEIGHTS) + mesh.share(trained.experts, Part.EXPERTS)
-    number, router = trained_bytes(facts), _whole_bytes(trained, facts)
+    number, router, is_summed = trained_bytes(facts), _whole_bytes(trained, facts), run.accumulation > 1
     if not _has_fsdp(mesh, run):
-        reduced = own * number + router
-        return Gradients(held=reduced) if run.accumulation > 1 else Gradients(shards=reduced, before=reduced)
-    root, layer = whole.root, min(all_grads, sum(whole.largest))
+        every = own * number + router
+        if not is_summed:
+            return Gradients(most=every, layers=(Moment(1, 0), Moment(0, every)))
+        experts = min(all_grads, max(experts for _, experts in whole.layers))  # made before they are added
+        return Gradients(held=every, layers=(Moment(1, run.compute_bytes * experts),))
+    walk = _Walk(whole, gathered, mesh, facts, run, own, all_grads, 0 if is_summed else router)
+    layers, reduced = walk.backward()
+    held = (own * walk.wide + router) * is_summed
     if run.keeps_whole_grads:
-        buffer = layer * FP32_BYTES if mesh.world_size == 1 else 0  # no part of what is held is freed by reducing
-        return Gradients(held=max(own * number, all_grads * FP32_BYTES) + router, layer=(Moment(1, 1, buffer),))
-    root = min(all_grads, root) if facts.adapters is None else 0
-    head = min(root, facts.vocab_size * facts.d_model or root) if facts.has_head else 0
-    wide, made = max(FP32_BYTES, number), run.compute_bytes if facts.adapters is None else FP32_BYTES
-    held = own * wide + router if run.accumulation > 1 else 0
-    shards = own * number + router if run.accumulation == 1 else own * number * (number < wide)
-    is_freed = run.gather == "layer" or run.accumulation == 1
-    freed, before = gathered * run.compute_bytes * is_freed, shards
-    if facts.adapters is None and shards:
-        dense, experts = whole.largest
-        own_layer = dense // mesh.size(Part.STORED) + experts // mesh.edp_shard
-        # No more than whole ones: the next layer, which may be small, is beside the same fp32 buffer.
-        later = own_layer * min(number, made) + root // mesh.size(Part.STORED) * number
-        still = whole.at_once * run.compute_bytes
-        before = max(0, shards - later - max(0, freed - still))
-    beside, weight = wide * (run.layers_at_once != 1), run.compute_bytes * is_freed
-    of_layers, of_reduced, count, largest = list[Moment](), list[Moment](), len(whole.layers), sum(whole.largest)
-    for i, (last, this, coming) in enumerate(whole.in_backward):
-        done, mine = (count - 1 - i) / (count - 1) if count > 1 else 1, made * min(all_grads, head + this)
-        at_layer = mine + beside * min(all_grads, last) + weight * (max(this, coming) - largest)
-        at_reduced = mine + wide * min(all_grads, this) + weight * (coming - largest)
-        of_layers.append(Moment((i + 1) / count, done, at_layer))
-        of_reduced.append(Moment(i / count, done, at_reduced))
+        held = max(own * number, all_grads * FP32_BYTES) + router
     return Gradients(
-        held=held, shards=shards, before=before, layer=_fullest(of_layers), reduced=_fullest(of_reduced),
-        root=(made + wide) * root, freed=freed,
+        held=held, forward=_fullest(walk.forward()), loss=walk.at_loss, layers=tuple(layers), reduced=_fullest(reduced),
+        most=0 if run.keeps_whole_grads else round(max(at.grads for at in layers + reduced)),
     )  # fmt: skip
 
 
 def _fullest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Of those with as many bytes, the first and the last: one of them has most beside it."""
-    ends: dict[int, list[Moment]] = {}
-    for each in moments:
-        ends.setdefault(each.bytes, [each, each])[1] = each
-    return tuple(dict.fromkeys(each for pair in ends.values() for each in pair))
+    """Without those of which another has as much of both."""
+    found = list[Moment]()
+    for each in sorted(moments, key=lambda at: (-at.rest, -at.bytes)):
+        if not found or each.bytes > found[-1].bytes:
+            found.append(each)
+    return tuple(found)
+
+
+class _Walk:
+    """Forward and backward of a micro-batch through layers that FSDP gathers, frees and reduces one by one (step 2).
+
+    Args:
+        gathered: parameters that are whole at one time. own, all_grads: trained ones, of the rank's shards and whole.
+        replicated: bytes of gradients that are not in shards.
+    """
+
+    def __init__(
+        self, whole: _Whole, gathered: int, mesh: MeshSpec, facts: ModelFacts, run: RunFacts, own: int, all_grads: int,
+        replicated: int,
+    ) -> None:  # fmt: skip
+        self.weight, self.gathered, self.replicated = run.compute_bytes, gathered, replicated
+        number, self.all_grads = trained_bytes(facts), all_grads
+        self.root = min(all_grads, whole.root) if facts.adapters is None else 0
+        self.head = min(self.root, facts.vocab_size * facts.d_model or self.root) if facts.has_head else 0
+        self.made = run.compute_bytes if facts.adapters is None else FP32_BYTES
+        self.wide = max(FP32_BYTES, number)
+        self.cast = number if number < self.wide else 0  # of what is reduced
+        self.is_added, self.of_step = run.keeps_whole_grads, run.gather == "step"
+        self.kept = number if run.accumulation == 1 or self.cast or self.is_added else 0  # else added to what is held
+        self.accumulation, self.is_beside = run.accumulation, run.layers_at_once != 1
+        self.frees = not self.of_step or run.accumulation <= 2 or self.is_added
+        self.layers, self.largest, self.total = whole.layers, sum(whole.largest), sum(map(sum, whole.layers))
+        self.ranks = mesh.size(Part.STORED), mesh.edp_shard
+        self.flat = [[part if n > 1 else 0 for part, n in zip(of, self.ranks, strict=True)] for of in self.layers]
+        shards = [sum(part / n for part, n in zip(of, self.ranks, strict=True)) for of in self.layers]
+        self.own_root = min(own, self.root // self.ranks[0])
+        self.own = [(own - self.own_root) * of / max(1, sum(shards)) for of in shards]
+
+    def _grads(self, params: int) -> int:
+        return min(self.all_grads, params)
+
+    @property
+    def at_loss(self) -> int:
+        """Weights at the loss: the last layer's are on their way."""
+        return 0 if self.of_step else self.weight * (sum(self.flat[-1]) - self.largest)
+
+    def forward(self) -> Iterator[Moment]:
+        """Each layer is gathered into a buffer, from which its weights are copied."""
+        count, below = len(self.layers), 0
+        for i, ((dense, experts), (flat, flat_experts)) in enumerate(zip(self.layers, self.flat, strict=True)):
+            here = dense + flat_experts + max(flat, experts) + (below - self.total if self.of_step else -self.largest)
+            stay = self.of_step and self.accumulation > 1  # beside what is held
+            yield Moment((i + 1) / count, 0, self.weight * (0 if stay else here))
+            below += dense + experts
+
+    def backward(self) -> tuple[list[Moment], list[Moment]]:
+        """Of each layer: while it is computed, and when it is reduced, experts first; then of the root."""
+        layers, reduced, count = list[Moment](), list[Moment](), len(self.layers)
+        (dense_ranks, expert_ranks), wide, out, size = self.ranks, self.wide, self.wide + self.cast, self._grads
+        is_in_place = self.is_added and self.made == FP32_BYTES
+        made = 0 if is_in_place else self.made  # of what is not reduced yet
+        copied, freed = (0, FP32_BYTES) if self.is_added else (self.made, 0)  # by the copy into the buffer
+        shards, above, last = 0.0, 0, 0
+        for i in reversed(range(count)):
+            dense, experts = self.layers[i]
+            both, of_experts, rest = size(dense + experts), size(experts), (i + 1) / count
+            here = self.made * (of_experts if is_in_place else size(self.head + dense + experts))
+            coming = sum(self.flat[i - 1]) if i else 0
+            whole = -above * self.frees if self.of_step else dense + experts + coming - self.largest
+            layers.append(Moment(rest, shards + here + last, self.weight * whole, i))
+            if self.is_added and (i == 0 or self.accumulation > 2):  # of a micro-batch before
+                layers.append(Moment(rest, here, 0 if self.of_step else self.weight * whole, i))
+            whole, rest = whole - experts * self.frees, i / count
+            grads = shards + made * size(self.head + dense) + wide * of_experts
+            grads += max(copied * of_experts, out * of_experts / expert_ranks - freed * of_experts)
+            reduced.append(Moment(rest, grads, self.weight * whole))
+            whole -= dense * self.frees
+            grads = shards + made * self.head + wide * both + (self.kept / expert_ranks - freed) * of_experts
+            grads += max(copied * size(dense), out * size(dense) / dense_ranks - freed * size(dense))
+            reduced.append(Moment(rest, grads, self.weight * whole))
+            shards += self.kept * self.own[i] - freed * both + self.replicated / count
+            above, last = above + dense + experts, wide * both * self.is_beside
+        # The root, whose weights are whole until it is reduced.
+        whole = -self.weight * (self.total if self.of_step else self.largest) * self.frees
+        here = self.made * (self.head or self.root if is_in_place else self.root)
+        reduced.append(Moment(0, shards + here + last, whole))
+        if not self.is_added:
+            grads = shards + wide * self.root + max(here, out * self.root / dense_ranks)
+            reduced.append(Moment(0, grads, -self.weight * self.gathered * self.frees))
+        return layers, reduced
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes (A2). kept: from forward until a layer's backward, of in_flight micro-batches, but for the part that stays
-    in all of backward. loss, layers, forward: more than that, at a moment.
+    in all of backward. loss, layers, forward: more than that, at a moment; each: `layers` of each layer, if known.
     """
 
     kept: float
@@ -554,6 +602,11 @@ class Activations:
     forward: float = 0.0
     in_flight: float = 1.0
     stays: float = 0.0
+    each: tuple[float, ...] = ()
+
+    def of_layer(self, place: int) -> float:
+        """What the backward of a layer needs."""
+        return self.each[place] if 0 <= place < len(self.each) else self.layers
 
     @property
     def peak(self) -> int:
@@ -575,9 +628,11 @@ def _of_layers(
 ) -> Activations:  # fmt: skip
     of = known.layers(layers, mesh, facts, run)
     buffers = row_buffers(facts, mesh, run.tokens_per_rank, run.compute_bytes)
-    backward = max(known.most(backward_bytes, layers, mesh, run), buffers, of.made)
+    backward = max(of.backward, buffers)
     loss = LOGITS_COPIES * facts.vocab_size * max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
-    found = Activations(kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made)
+    found = Activations(
+        kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made, each=of.each(buffers, again=False)
+    )  # fmt: skip
     if run.checkpointing == "none":
         return found
     if run.checkpointing == BUDGET:
@@ -588,7 +643,9 @@ def _of_layers(
         kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in of_path)
         return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=of.forward)
     kept = of.kept_of_whole(run.checkpointing == "full") * run.in_flight
-    repeated = Activations(kept=kept, loss=loss, layers=of.again + backward, forward=of.forward)
+    repeated = Activations(
+        kept=kept, loss=loss, layers=of.again + backward, forward=of.forward, each=of.each(buffers, again=True)
+    )  # fmt: skip
     return min(found, repeated, key=lambda each: each.peak)
 
 
@@ -600,7 +657,8 @@ def ffn_numbers(layers: Sequence[LayerPlan]) -> int:
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
     """What a layer of the model can keep for backward (A2), bytes: `LayerKept` of all tokens, with scores in attention
-    and in made, and of MoE layers that are planned in it. exchanged: rows that exchanges of forward bring.
+    and in made, and of MoE layers that are planned in it. exchanged: rows that exchanges of forward bring. backward:
+    what it makes for a while (A3).
     """
 
     width: float
@@ -611,6 +669,7 @@ class LayerBytes:
     made: float
     scores: float
     exchanged: float
+    backward: float
 
     def kept(self, again: Recomputed | None) -> float:
         """With these parts computed again."""
@@ -637,13 +696,25 @@ class _AllLayers:
 
     Attributes:
         kept: what all keep. made: the most that forward makes in one of them, and forward: in one that is computed
-            again. again: the most that backward computes again at a time, if it does whole layers.
+            again; backward: the most of what backward makes. again: the most that backward computes again at a time, if
+            it does whole layers.
     """
 
     def __init__(self, layers: Iterable[LayerBytes]) -> None:
-        self._layers = list(Counter(layers).items())
+        self._each = list(layers)
+        self._layers = list(Counter(self._each).items())
         self.kept: float = sum(of.kept(None) * number for of, number in self._layers)
         self.made = max((of.made for of, _ in self._layers), default=0.0)
+        self.backward = max((of.backward for of, _ in self._layers), default=0.0)
+        self._needs: dict[tuple[float, bool], tuple[float, ...]] = {}
+
+    def each(self, buffers: float, *, again: bool) -> tuple[float, ...]:
+        """What the backward of each layer needs beside what is kept. again: with what it computes again."""
+        key = buffers, again
+        if key not in self._needs:
+            of_kind = {of: max(of.backward, buffers) + (of.again((LAYER,)) if again else 0.0) for of, _ in self._layers}
+            self._needs[key] = tuple(of_kind[of] for of in self._each)
+        return self._needs[key]
 
     @cached_property
     def forward(self) -> float:
@@ -683,13 +754,14 @@ def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, 
         of = kept.get(path, others) if path in can_split or not inside else others
         key = id(of), *(layer.alike for layer in inside)
         if key not in known:
-            scores = of.scores * pairs
+            scores, made = of.scores * pairs, of.made * tokens + of.scores_made * pairs
             known[key] = LayerBytes(
                 width=of.width * tokens, rest=of.rest * tokens, norms=of.norms * tokens,
-                attention=of.attention * tokens + scores, made=of.made * tokens + of.scores_made * pairs, scores=scores,
+                attention=of.attention * tokens + scores, made=made, scores=scores,
                 ffn=sum(moe_bytes(layer, mesh, run) for layer in inside) if inside else of.ffn * tokens,
                 exchanged=sum(_exchanged_rows(layer, mesh, run) for layer in inside)
                 * run.compute_bytes * tokens_of_a_rank(mesh, run),
+                backward=max(made, *(backward_bytes(layer, mesh, run) for layer in inside)) if inside else made,
             )  # fmt: skip
         found[path] = known[key]
     return found
@@ -762,11 +834,7 @@ def backward_bytes(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:
         given = model * _computed_from(layer, mesh, run)
         numbers = max(given + top_k * (model + 4 * hidden), 2 * given + top_k * (model + 2 * hidden))
     of_token = narrow * numbers + run.compute_bytes * 2 * model
-    made = 0
-    if run.keeps_whole_grads:
-        stack = (layer.site.num_in_projections + 1) * layer.row_site.d_model * experts.d_expert
-        made = stack * layer.placement.experts_per_rank * run.compute_bytes
-    return of_token * tokens_of_a_rank(mesh, run) + made + left_bytes(layer, mesh, run)
+    return of_token * tokens_of_a_rank(mesh, run) + left_bytes(layer, mesh, run)
 
 
 def _computed_from(layer: LayerPlan, mesh: MeshSpec, run: RunFacts) -> float:

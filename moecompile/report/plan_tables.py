@@ -246,8 +246,10 @@ def _print_memory(estimate: Estimate, console: Console) -> None:
         size = bytes_text(getattr(memory, memory.largest))
         console.print(Text(f"{_PARTS.get(memory.largest, memory.largest)} {size}: {estimate.largest}", style="dim"))
     if memory.apart:
-        text = f"{bytes_text(memory.apart)} less at peak: gradients and activations never coexist"
-        console.print(Text(text, style="dim"))
+        why = "less at peak: gradients and activations never coexist"
+        if memory.apart < 0:
+            why = "more at peak: gradients of one layer beside sums of all, and weights of the next"
+        console.print(Text(f"{bytes_text(abs(memory.apart))} {why}", style="dim"))
     if estimate.memory_bytes_uneven > memory.total:
         console.print(Text(f"{_uneven_text(estimate)} (expected: {estimate.expected_from})", style="dim"))
     console.print()

@@ -116,7 +116,7 @@ def test_the_choice_is_that_of_all_combinations() -> None:
 
 
 def test_the_estimate_is_of_what_was_chosen() -> None:
-    plan = plan_of("hardware.memory_gib=52")
+    plan = plan_of("hardware.memory_gib=54")
     estimate = plan.estimate
     assert len({(each.parts, each.sends) for each in estimate.recomputation}) > 1
     assert sum(each.layers for each in estimate.recomputation) == 48

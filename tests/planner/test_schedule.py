@@ -55,14 +55,14 @@ def test_one_rank_has_one_way() -> None:
 
 
 def test_memory_of_each_way() -> None:
-    """Gradients are a rank's shards, a whole layer, its head's and a buffer, instead of all; weights are all of them,
-    instead of a layer. The buffer is that of the other layer, which has no experts, or of its own, if its weights stay.
+    """Gradients are a rank's shards, a whole layer, its head's and a buffer of its experts, which are reduced first,
+    instead of all; weights are all of them, instead of a layer.
     """
     own = (ROOT + IN_LAYERS) // 4 + EXPERTS // 2
     of_layer, every = ROOT + IN_LAYERS // 2 + EXPERTS, ROOT + IN_LAYERS + EXPERTS
     assert FACTS.num_layers == 2
-    for gather, whole, buffer in (("layer", of_layer, IN_LAYERS // 2), ("step", every, of_layer - ROOT)):
-        for reduce, grads in (("last", every), ("each", own + of_layer + buffer)):
+    for gather, whole in (("layer", of_layer), ("step", every)):
+        for reduce, grads in (("last", every), ("each", own + of_layer + EXPERTS)):
             run = replace(ACCUMULATED, reduce=reduce, gather=gather)
             found = memory_of_fullest_rank(LAYERS, MESH, FACTS, run)
             assert found.grads == 4 * (grads + ROUTER)
@@ -72,9 +72,9 @@ def test_memory_of_each_way() -> None:
 def test_bf16_weights_have_gradients_in_fp32_beside_them() -> None:
     facts = replace(FACTS, bytes_per_param=2)
     run = replace(ACCUMULATED, reduce="each", compute_bytes=2)
-    own, of_layer = (ROOT + IN_LAYERS) // 4 + EXPERTS // 2, ROOT + IN_LAYERS // 2 + EXPERTS
-    sums, shards, buffer = 4 * (own + ROUTER), 2 * own, (4 - 2) * (of_layer - ROOT)  # whose weights are freed by then
-    assert memory_of_fullest_rank(LAYERS, MESH, facts, run).grads == sums + shards + 2 * of_layer + buffer
+    own, dense = (ROOT + IN_LAYERS) // 4 + EXPERTS // 2, IN_LAYERS // 2
+    sums, shards, reduced = 4 * (own + ROUTER), 2 * dense // 4, 4 * (EXPERTS + EXPERTS // 2) + 2 * EXPERTS // 2
+    assert memory_of_fullest_rank(LAYERS, MESH, facts, run).grads == sums + shards + 2 * (ROOT + dense) + reduced
 
 
 def test_the_fewest_bytes_come_first_and_keep_exchanges_before_full() -> None:

@@ -535,7 +535,7 @@ def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
     totals: dict[object, int] = {}
 
     def made_in(run: RunFacts, load: float, in_flight: bool) -> list[Activations]:
-        key = run.keeps_whole_grads, run.checkpointing, load, in_flight
+        key = run.checkpointing, load, in_flight
         if key not in made:
             made[key], known = [], of_layers[load]
             runs = {times: replace(run, row_load=load, in_flight=times) for times in set(kept)}
@@ -563,7 +563,7 @@ def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
         if key not in totals:
             parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
             totals[key] = max(
-                weights + optimizer + buffers + together(grads, made, run)
+                weights + optimizer + buffers + together(grads, made)
                 for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
             )
         return totals[key]
