@@ -131,7 +131,7 @@ class Budget:
             (bound, [_hull([c for c in each if c.again <= bound]) for each in self.choices]) for bound in bounds
         ]
 
-    def within(self, grads: Gradients, run: RunFacts, limit: float) -> Chosen:
+    def within(self, grads: Gradients, limit: float, buffers: int = 0) -> Chosen:
         """The choices with the least time with which gradients and activations need at most `limit` bytes (steps 3, 4).
 
         Args:
@@ -140,7 +140,7 @@ class Budget:
         best, least, used = None, inf, inf
         for bound, hulls in self.hulls:
             made = replace(self.whole[0], layers=self.whole[0].layers + bound)
-            room = most_kept(grads, made, limit) - self.beside
+            room = most_kept(grads, made, limit, buffers) - self.beside
             filled = _filled(self.kinds, hulls, room)
             if filled is not None and filled.seconds < least:
                 best, least, used = filled, filled.seconds, bound
@@ -340,11 +340,11 @@ def within(
     """
     weights, grads, optimizer = states
     rest = weights + optimizer
-    chosen = budget.within(grads, run, (1 - HEADROOM) * limit - rest - buffers)
+    chosen = budget.within(grads, (1 - HEADROOM) * limit - rest, buffers)
     return Within(
         run=replace(run, recomputed=chosen.recomputed),
-        expected=rest + buffers + together(grads, chosen.expected),
-        even=rest + even_buffers + together(grads, chosen.even),
+        expected=rest + together(grads, chosen.expected, buffers),
+        even=rest + together(grads, chosen.even, even_buffers),
     )
 
 

@@ -23,9 +23,9 @@ vocabulary.
                 reduce=each   4 own, in fp32 or wider
        The others layer by layer, from the last to the first, as FSDP2 gathers, frees and reduces. A layer has p dense
        parameters, in shards of r ranks, and q of its experts, in shards of s:                         -> `_Walk`
-       layer    it has its backward: a (head + p + q), as the head's wait for the root's; 4 (p + q) of the layer before,
-                the fp32 buffer in which it was reduced. Whole are its weights, and of the next one's the buffer in
-                which they come, if r, s > 1
+       layer    it has its backward: a (head + p + q), as the head's wait for the root's, of p first those of an FFN;
+                and 4 (p + q) of the layer before, the fp32 buffer in which it was reduced. Whole are its weights, and
+                of the next one's the buffer in which they come, if r, s > 1
        experts  they are reduced first, and their weights are free: a (head + p) + 4 q, beside which are a q until they
                 are copied to that buffer, then (4 + b) q / s, what they are summed to
        dense    so is the rest: a head + 4 (p + q), beside which are a p, then (4 + b) p / r
@@ -44,9 +44,9 @@ vocabulary.
 
 5. These moments of a micro-batch are compared, each with the whole weights that are there and with activations of the
    layers whose backward is still to come:                                                           -> `together`
-       forward   held + kept + forward                 attention's scores; a layer and the buffer that it came in
-       loss      held + kept + loss                    no whole layer, but the buffer of the last
-       layer     held + kept + layer + layers          `layers` of that layer
+       forward   held + kept + forward + dispatch         attention's scores; a layer and the buffer that it came in
+       loss      held + kept + loss                       no whole layer, but the buffer of the last
+       layer     held + kept + layer + layers + dispatch  of that layer; then without its FFN, and with all gradients
        reduced   held + kept + experts, dense, root
 Routing is balanced, except for the total with the load that is to be expected (cost_model/forecast.py). The process
 itself (PyTorch, CUDA context, allocator fragmentation) is not counted. benchmarks/memory.py compares this with what
@@ -145,6 +145,7 @@ from moecompile.schema import Bf16Weights, Precision, resolved
 
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
+SEVERAL = 3  # micro-batches: gradients of some are held, and others come
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
@@ -153,14 +154,14 @@ def memory_of_fullest_rank(
 ) -> MemoryEstimate:
     """The estimate in the module docstring."""
     weights, grads, optimizer = model_state_bytes(layers, mesh, facts, run)
-    made = activations(layers, mesh, facts, run)
+    made, buffers = activations(layers, mesh, facts, run), buffer_bytes(layers, mesh, run)
     return MemoryEstimate(
         weights=weights,
         grads=grads.peak,
         optimizer=optimizer,
         activations=made.peak,
-        dispatch=buffer_bytes(layers, mesh, run),
-        apart=grads.peak + made.peak - together(grads, made),
+        dispatch=buffers,
+        apart=grads.peak + made.peak + buffers - together(grads, made, buffers),
     )
 
 
@@ -229,13 +230,15 @@ def _activations_in_words(
 
 class Moment(NamedTuple):
     """Bytes at a moment at which activations are kept for `rest` of all layers: gradients, and whole weights beyond
-    those that are counted as weights (less than 0: below them). place: of the layer that has its backward; -1: any.
+    those that are counted as weights (less than 0: below them). place: of the layer that has its backward, -1: any;
+    is_late: when that of its FFN is over.
     """
 
     rest: float
     grads: float
     weights: float = 0
     place: int = -1
+    is_late: bool = False
 
     @property
     def bytes(self) -> float:
@@ -268,28 +271,24 @@ class Gradients:
         return self.held + self.most
 
 
-def together(grads: Gradients, made: Activations) -> int:
-    """Bytes of gradients and activations at their fullest moment (step 5)."""
-    return round(
-        grads.held
-        + max(
-            made.kept + grads.loss + made.loss,
-            *(at.beside(made) + made.forward for at in grads.forward),
-            *(at.beside(made) + made.of_layer(at.place) for at in grads.layers),
-            *(at.beside(made) for at in grads.reduced),
-        )
-    )
+def together(grads: Gradients, made: Activations, buffers: int = 0) -> int:
+    """Bytes of gradients, activations and buffers of exchanges at their fullest moment (step 5)."""
+    return round(grads.held + max(at.beside(made) + more for at, more in _moments(grads, made, buffers)))
 
 
-def most_kept(grads: Gradients, made: Activations, limit: float) -> float:
+def most_kept(grads: Gradients, made: Activations, limit: float, buffers: int = 0) -> float:
     """Bytes that layers may keep for backward so that `together` is at most `limit`; negative: none may."""
-    if together(grads, replace(made, kept=made.stays)) > limit:
+    if together(grads, replace(made, kept=made.stays), buffers) > limit:
         return -1.0
-    rest = limit - grads.held - made.stays
-    moments = [(Moment(1, grads.loss), made.loss)]
-    moments += [(at, made.forward) for at in grads.forward] + [(at, made.of_layer(at.place)) for at in grads.layers]
-    moments += [(at, 0.0) for at in grads.reduced]
+    rest, moments = limit - grads.held - made.stays, _moments(grads, made, buffers)
     return made.stays + min((rest - at.bytes - more) / share for at, more in moments if (share := at.share(made)))
+
+
+def _moments(grads: Gradients, made: Activations, buffers: int) -> list[tuple[Moment, float]]:
+    """Each with what is beside gradients, weights and what is kept."""
+    moments = [(Moment(1, 0, grads.loss), made.loss), *((at, 0.0) for at in grads.reduced)]
+    moments += [(at, made.forward + buffers) for at in grads.forward]
+    return moments + [(at, made.at(at) + buffers * (not at.is_late)) for at in grads.layers]
 
 
 def model_state_bytes(
@@ -409,11 +408,12 @@ def _has_fsdp(mesh: MeshSpec, run: RunFacts) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class _Whole:
     """Parameters of what FSDP gathers as a whole (step 2): root, and layers, in order: each without experts, and of
-    them.
+    them. ffns: of the former, those whose backward comes first: of shared experts, or where no experts are, all.
     """
 
     root: int
     layers: tuple[tuple[int, int], ...]
+    ffns: tuple[int, ...]
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -450,7 +450,8 @@ def _whole(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> _W
         parts = dict.fromkeys(made, 1)
     total = sum(parts.values())
     sizes = [(-(-in_layers * parts[path] // total) + shared, experts) for path, (shared, experts) in made.items()]
-    return _Whole(root=whole_params(layers, mesh, facts)[1], layers=tuple(sizes))
+    ffns = (shared if experts else dense for (dense, experts), (shared, _) in zip(sizes, made.values(), strict=True))
+    return _Whole(root=whole_params(layers, mesh, facts)[1], layers=tuple(sizes), ffns=tuple(ffns))
 
 
 def whole_params(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts) -> tuple[int, int]:
@@ -528,7 +529,8 @@ class _Walk:
         self.is_added, self.of_step = run.keeps_whole_grads, run.gather == "step"
         self.kept = number if run.accumulation == 1 or self.cast or self.is_added else 0  # else added to what is held
         self.accumulation, self.is_beside = run.accumulation, run.layers_at_once != 1
-        self.frees = not self.of_step or run.accumulation <= 2 or self.is_added
+        self.frees = not self.of_step or run.accumulation < SEVERAL or self.is_added
+        self.ffns = whole.ffns
         self.layers, self.largest, self.total = whole.layers, sum(whole.largest), sum(map(sum, whole.layers))
         self.ranks = mesh.size(Part.STORED), mesh.edp_shard
         self.flat = [[part if n > 1 else 0 for part, n in zip(of, self.ranks, strict=True)] for of in self.layers]
@@ -567,9 +569,15 @@ class _Walk:
             here = self.made * (of_experts if is_in_place else size(self.head + dense + experts))
             coming = sum(self.flat[i - 1]) if i else 0
             whole = -above * self.frees if self.of_step else dense + experts + coming - self.largest
-            layers.append(Moment(rest, shards + here + last, self.weight * whole, i))
-            if self.is_added and (i == 0 or self.accumulation > 2):  # of a micro-batch before
-                layers.append(Moment(rest, here, 0 if self.of_step else self.weight * whole, i))
+            first = here if is_in_place else self.made * size(self.head + self.ffns[i] + experts)
+            times = [(shards + last, self.weight * whole)]
+            if self.is_added and (i == 0 or self.accumulation >= SEVERAL):  # of a micro-batch before
+                times.append((0.0, 0 if self.of_step else self.weight * whole))
+            for beside, weights in times:
+                layers += [
+                    Moment(rest, beside + first, weights, i),
+                    Moment(rest, beside + here, weights, i, is_late=True),
+                ]
             whole, rest = whole - experts * self.frees, i / count
             grads = shards + made * size(self.head + dense) + wide * of_experts
             grads += max(copied * of_experts, out * of_experts / expert_ranks - freed * of_experts)
@@ -593,7 +601,8 @@ class _Walk:
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes (A2). kept: from forward until a layer's backward, of in_flight micro-batches, but for the part that stays
-    in all of backward. loss, layers, forward: more than that, at a moment; each: `layers` of each layer, if known.
+    in all of backward. loss, layers, forward: more than that, at a moment. each: `layers` of each layer, if known, and
+    what is left of it when the backward of its FFN is over.
     """
 
     kept: float
@@ -602,11 +611,11 @@ class Activations:
     forward: float = 0.0
     in_flight: float = 1.0
     stays: float = 0.0
-    each: tuple[float, ...] = ()
+    each: tuple[tuple[float, float], ...] = ()
 
-    def of_layer(self, place: int) -> float:
+    def at(self, moment: Moment) -> float:
         """What the backward of a layer needs."""
-        return self.each[place] if 0 <= place < len(self.each) else self.layers
+        return self.each[moment.place][moment.is_late] if 0 <= moment.place < len(self.each) else self.layers
 
     @property
     def peak(self) -> int:
@@ -706,13 +715,18 @@ class _AllLayers:
         self.kept: float = sum(of.kept(None) * number for of, number in self._layers)
         self.made = max((of.made for of, _ in self._layers), default=0.0)
         self.backward = max((of.backward for of, _ in self._layers), default=0.0)
-        self._needs: dict[tuple[float, bool], tuple[float, ...]] = {}
+        self._needs: dict[tuple[float, bool], tuple[tuple[float, float], ...]] = {}
 
-    def each(self, buffers: float, *, again: bool) -> tuple[float, ...]:
-        """What the backward of each layer needs beside what is kept. again: with what it computes again."""
+    def each(self, buffers: float, *, again: bool) -> tuple[tuple[float, float], ...]:
+        """What the backward of each layer needs beside what is kept, then without its FFN, of which nothing is kept any
+        more. again: with what it computes again.
+        """
         key = buffers, again
         if key not in self._needs:
-            of_kind = {of: max(of.backward, buffers) + (of.again((LAYER,)) if again else 0.0) for of, _ in self._layers}
+            of_kind = dict[LayerBytes, tuple[float, float]]()
+            for of, _ in self._layers:
+                computed = of.again((LAYER,)) if again else 0.0
+                of_kind[of] = max(of.backward, buffers) + computed, max(of.made, buffers) + computed - of.ffn
             self._needs[key] = tuple(of_kind[of] for of in self._each)
         return self._needs[key]
 

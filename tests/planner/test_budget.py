@@ -104,7 +104,7 @@ def test_the_choice_is_that_of_all_combinations() -> None:
     whole = budget.whole[0]
     for share in (0.2, 0.4, 0.6, 0.8, 0.95):
         limit = share * whole.kept + max(whole.loss, whole.layers)
-        chosen = budget.within(Gradients(), run, limit)
+        chosen = budget.within(Gradients(), limit)
         got = sum(each.seconds for each in budget.costs(chosen.recomputed))
         assert chosen.expected.peak <= limit
         best = min(

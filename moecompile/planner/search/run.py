@@ -39,6 +39,7 @@ from moecompile.planner.cost_model.forecast import expected_load, step_of
 from moecompile.planner.cost_model.inputs import DESCRIBED_SCHEDULE, REPEATED, Inputs, inputs_of
 from moecompile.planner.cost_model.shapes import ModelShape, with_recomputed
 from moecompile.planner.memory import (
+    SEVERAL,
     Activations,
     Gradients,
     Known,
@@ -511,7 +512,8 @@ class _States:
         return self._sharded[key]
 
     def __call__(self, of: OfRank, replicas: int, run: RunFacts) -> tuple[int, Gradients, int]:
-        key = (*self._key(of, replicas), of.layers_at_once, run.accumulation > 1, run.reduce, run.gather)
+        times = min(run.accumulation, SEVERAL)
+        key = (*self._key(of, replicas), of.layers_at_once, times, run.reduce, run.gather)
         if key not in self._known:
             mesh, given = replace(of.mesh, dp_replicate=replicas), replace(run, layers_at_once=of.layers_at_once)
             self._known[key] = model_state_bytes(of.layers, mesh, of.facts, given)
@@ -563,7 +565,7 @@ def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
         if key not in totals:
             parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
             totals[key] = max(
-                weights + optimizer + buffers + together(grads, made)
+                weights + optimizer + together(grads, made, buffers)
                 for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
             )
         return totals[key]
