@@ -29,8 +29,9 @@ vocabulary.
        experts  they are reduced first, and their weights are free: a (head + p) + 4 q, beside which are a q until they
                 are copied to that buffer, then (4 + b) q / s, what they are summed to
        dense    so is the rest: a head + 4 (p + q), beside which are a p, then (4 + b) p / r
-       then     b (p / r + q / s) stay, where fp32 is not added to `held` at once; with reduce=last, 4 (p + q) of what
-                is held are free. With gather=step the weights of each layer are freed by the last backward alone
+       then     b (p / r + q / s) stay, where fp32 is not added to `held` at once, and with replicas what these have
+                summed, 4 (p / r + q / s), unless it is the same; with reduce=last, 4 (p + q) of what is held are free.
+                With gather=step the weights of each layer are freed by the last backward alone
        root     a root beside the last layer's buffer; when it is reduced, 4 root, and a root or what it is summed to
        weights = b own + a unsharded,  grads = held + the most of these,  optimizer: optimizer.py
    Router weights and adapters are always fp32. Of spread embedding tables a rank has its own rows, their gradients and
@@ -528,6 +529,8 @@ class _Walk:
         self.cast = number if number < self.wide else 0  # of what is reduced
         self.is_added, self.of_step = run.keeps_whole_grads, run.gather == "step"
         self.kept = number if run.accumulation == 1 or self.cast or self.is_added else 0  # else added to what is held
+        # What replicas sum FSDP2 has until the end of a backward, beside what it is cast to.
+        self.summed = self.wide * bool(self.cast and mesh.dp_replicate > 1 and (run.accumulation == 1 or self.is_added))
         self.accumulation, self.is_beside = run.accumulation, run.layers_at_once != 1
         self.frees = not self.of_step or run.accumulation < SEVERAL or self.is_added
         self.ffns = whole.ffns
@@ -583,10 +586,11 @@ class _Walk:
             grads += max(copied * of_experts, out * of_experts / expert_ranks - freed * of_experts)
             reduced.append(Moment(rest, grads, self.weight * whole))
             whole -= dense * self.frees
-            grads = shards + made * self.head + wide * both + (self.kept / expert_ranks - freed) * of_experts
+            kept = (self.kept + self.summed) / expert_ranks - freed
+            grads = shards + made * self.head + wide * both + kept * of_experts
             grads += max(copied * size(dense), out * size(dense) / dense_ranks - freed * size(dense))
             reduced.append(Moment(rest, grads, self.weight * whole))
-            shards += self.kept * self.own[i] - freed * both + self.replicated / count
+            shards += (self.kept + self.summed) * self.own[i] - freed * both + self.replicated / count
             above, last = above + dense + experts, wide * both * self.is_beside
         # The root, whose weights are whole until it is reduced.
         whole = -self.weight * (self.total if self.of_step else self.largest) * self.frees
