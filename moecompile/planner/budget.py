@@ -111,7 +111,7 @@ class Budget:
                 "Use auto",
             )  # fmt: skip
         loads = [replace(run, checkpointing="none", row_load=load) for load in (run.row_load, 1.0)]
-        self.whole = [replace(activations(layers, mesh, facts, each), each=()) for each in loads]
+        self.whole = [replace(activations(layers, mesh, facts, each), kinds=(), each=()) for each in loads]
         self.beside = kept_bytes(facts, run)
         bytes_, even = (layer_bytes(layers, mesh, facts, each) for each in loads)
         with_experts = {owner_of(layer, bytes_) for layer in layers}

@@ -106,7 +106,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
@@ -265,11 +265,26 @@ class Gradients:
     loss: float = 0
     layers: tuple[Moment, ...] = (Moment(1, 0),)
     reduced: tuple[Moment, ...] = ()
+    _of_kinds: dict[tuple[int, ...], list[Moment]] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def peak(self) -> int:
         """The most at one time."""
         return self.held + self.most
+
+    def of_kinds(self, kinds: tuple[int, ...]) -> list[Moment]:
+        """The moments of layers that can be the fullest, with the kind of the layer as their place.
+
+        Args:
+            kinds: of each layer; those of one kind need as much beside gradients and weights. Empty: all are of one.
+        """
+        if kinds not in self._of_kinds:
+            found: dict[tuple[int, bool], list[Moment]] = {}
+            for at in self.layers:
+                kind = kinds[at.place] if 0 <= at.place < len(kinds) else -1
+                found.setdefault((kind, at.is_late), []).append(at._replace(place=kind))
+            self._of_kinds[kinds] = [at for some in found.values() for at in _fullest(some)]
+        return self._of_kinds[kinds]
 
 
 def together(grads: Gradients, made: Activations, buffers: int = 0) -> int:
@@ -289,7 +304,7 @@ def _moments(grads: Gradients, made: Activations, buffers: int) -> list[tuple[Mo
     """Each with what is beside gradients, weights and what is kept."""
     moments = [(Moment(1, 0, grads.loss), made.loss), *((at, 0.0) for at in grads.reduced)]
     moments += [(at, made.forward + buffers) for at in grads.forward]
-    return moments + [(at, made.at(at) + buffers * (not at.is_late)) for at in grads.layers]
+    return moments + [(at, made.at(at) + buffers * (not at.is_late)) for at in grads.of_kinds(made.kinds)]
 
 
 def model_state_bytes(
@@ -500,12 +515,23 @@ def _grads(
 
 
 def _fullest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Without those of which another has as much of both."""
+    """Those that can be the fullest, whatever layers keep: what they keep is proportional to `rest`, so these are the
+    corners of the upper hull of (rest, bytes).
+    """
     found = list[Moment]()
     for each in sorted(moments, key=lambda at: (-at.rest, -at.bytes)):
-        if not found or each.bytes > found[-1].bytes:
-            found.append(each)
+        if found and each.bytes <= found[-1].bytes:
+            continue
+        while len(found) > 1 and _is_below(found[-1], found[-2], each):
+            found.pop()
+        found.append(each)
     return tuple(found)
+
+
+def _is_below(at: Moment, before: Moment, after: Moment) -> bool:
+    """Whether a moment between two others is not above the line through them."""
+    rise = (after.bytes - before.bytes) * (before.rest - at.rest)
+    return (at.bytes - before.bytes) * (before.rest - after.rest) <= rise + 1e-6
 
 
 class _Walk:
@@ -605,8 +631,8 @@ class _Walk:
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes (A2). kept: from forward until a layer's backward, of in_flight micro-batches, but for the part that stays
-    in all of backward. loss, layers, forward: more than that, at a moment. each: `layers` of each layer, if known, and
-    what is left of it when the backward of its FFN is over.
+    in all of backward. loss, layers, forward: more than that, at a moment. kinds: of each layer, if known. each: of a
+    kind, `layers`, and what is left of it when the backward of its FFN is over.
     """
 
     kept: float
@@ -615,11 +641,12 @@ class Activations:
     forward: float = 0.0
     in_flight: float = 1.0
     stays: float = 0.0
+    kinds: tuple[int, ...] = ()
     each: tuple[tuple[float, float], ...] = ()
 
     def at(self, moment: Moment) -> float:
-        """What the backward of a layer needs."""
-        return self.each[moment.place][moment.is_late] if 0 <= moment.place < len(self.each) else self.layers
+        """What the backward of a layer needs, whose kind is the place of a moment."""
+        return self.each[moment.place][moment.is_late] if moment.place >= 0 else self.layers
 
     @property
     def peak(self) -> int:
@@ -644,7 +671,8 @@ def _of_layers(
     backward = max(of.backward, buffers)
     loss = LOGITS_COPIES * facts.vocab_size * max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
     found = Activations(
-        kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made, each=of.each(buffers, again=False)
+        kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made, kinds=of.kinds,
+        each=of.each(buffers, again=False),
     )  # fmt: skip
     if run.checkpointing == "none":
         return found
@@ -657,7 +685,8 @@ def _of_layers(
         return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=of.forward)
     kept = of.kept_of_whole(run.checkpointing == "full") * run.in_flight
     repeated = Activations(
-        kept=kept, loss=loss, layers=of.again + backward, forward=of.forward, each=of.each(buffers, again=True)
+        kept=kept, loss=loss, layers=of.again + backward, forward=of.forward, kinds=of.kinds,
+        each=of.each(buffers, again=True),
     )  # fmt: skip
     return min(found, repeated, key=lambda each: each.peak)
 
@@ -708,30 +737,32 @@ class _AllLayers:
     """`LayerBytes` of all layers of a rank, of one micro-batch.
 
     Attributes:
-        kept: what all keep. made: the most that forward makes in one of them, and forward: in one that is computed
-            again; backward: the most of what backward makes. again: the most that backward computes again at a time, if
-            it does whole layers.
+        kinds: of each layer, its place among those that differ. kept: what all keep. made: the most that forward makes
+            in one of them, and forward: in one that is computed again; backward: the most of what backward makes.
+            again: the most that backward computes again at a time, if it does whole layers.
     """
 
     def __init__(self, layers: Iterable[LayerBytes]) -> None:
-        self._each = list(layers)
-        self._layers = list(Counter(self._each).items())
+        each = list(layers)
+        self._layers = list(Counter(each).items())
+        places = {of: kind for kind, (of, _) in enumerate(self._layers)}
+        self.kinds = tuple(places[of] for of in each)
         self.kept: float = sum(of.kept(None) * number for of, number in self._layers)
         self.made = max((of.made for of, _ in self._layers), default=0.0)
         self.backward = max((of.backward for of, _ in self._layers), default=0.0)
         self._needs: dict[tuple[float, bool], tuple[tuple[float, float], ...]] = {}
 
     def each(self, buffers: float, *, again: bool) -> tuple[tuple[float, float], ...]:
-        """What the backward of each layer needs beside what is kept, then without its FFN, of which nothing is kept any
-        more. again: with what it computes again.
+        """What the backward of a layer of each kind needs beside what is kept, then without its FFN, of which nothing
+        is kept any more. again: with what it computes again.
         """
         key = buffers, again
         if key not in self._needs:
-            of_kind = dict[LayerBytes, tuple[float, float]]()
+            found = list[tuple[float, float]]()
             for of, _ in self._layers:
                 computed = of.again((LAYER,)) if again else 0.0
-                of_kind[of] = max(of.backward, buffers) + computed, max(of.made, buffers) + computed - of.ffn
-            self._needs[key] = tuple(of_kind[of] for of in self._each)
+                found.append((max(of.backward, buffers) + computed, max(of.made, buffers) + computed - of.ffn))
+            self._needs[key] = tuple(found)
         return self._needs[key]
 
     @cached_property
