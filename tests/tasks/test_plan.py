@@ -227,7 +227,7 @@ def test_deepseek_v3_is_planned_at_its_batch_and_as_it_was_trained(tmp_path: Pat
     task.run(compose_config(default), tmp_path / "default")
     fits = json.loads((tmp_path / "default" / "result.json").read_text())
     assert (fits["fits"], fits["checkpointing"], fits["remedies"]) == ("yes", "full", [])
-    assert fits["memory_bytes_per_rank"]["total"] == pytest.approx(21.43 * 2**30, rel=0.001)  # rehearsed: 20.4
+    assert fits["memory_bytes_per_rank"]["total"] == pytest.approx(21.76 * 2**30, rel=0.001)  # rehearsed: 20.4
     task.run(compose_config(base), tmp_path / "ours")
     ours = json.loads((tmp_path / "ours" / "result.json").read_text())
     assert ours["assumes"]["seq_len"] == 4096
