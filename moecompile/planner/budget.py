@@ -135,7 +135,7 @@ class Budget:
         """The choices with the least time with which gradients and activations need at most `limit` bytes (steps 3, 4).
 
         Args:
-            grads: of the run.
+            grads: of the run. buffers: bytes of those of exchanges.
         """
         best, least, used = None, inf, inf
         for bound, hulls in self.hulls:

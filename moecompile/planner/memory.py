@@ -146,7 +146,7 @@ from moecompile.schema import Bf16Weights, Precision, resolved
 
 LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
-SEVERAL = 3  # micro-batches: gradients of some are held, and others come
+SEVERAL = 3  # micro-batches, of which one is neither the first nor the last
 TOKEN_BYTES = 12  # saved by the normalization of the weights
 
 
@@ -599,9 +599,7 @@ class _Walk:
             coming = sum(self.flat[i - 1]) if i else 0
             whole = -above * self.frees if self.of_step else dense + experts + coming - self.largest
             first = here if is_in_place else self.made * size(self.head + self.ffns[i] + experts)
-            # Where weights are wider than what computes, a device takes more than a rehearsal sees: test_standin.py.
-            wider = self.made * self.own[i] * (self.kept > self.made)
-            times = [(shards + last + wider, self.weight * whole)]
+            times = [(shards + last, self.weight * whole)]
             if self.is_added and (i == 0 or self.accumulation >= SEVERAL):  # of a micro-batch before
                 times.append((0.0, 0 if self.of_step else self.weight * whole))
             for beside, weights in times:

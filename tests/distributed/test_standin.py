@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moecompile.ops.expert_ffn import PIECE
 from tests.standin import compare, waits
 
 REPOSITORY = Path(__file__).parents[2]
@@ -173,7 +174,8 @@ def test_the_host_waits_once_a_layer_and_three_times_a_step(tmp_path: Path) -> N
 def test_a_step_takes_the_memory_that_is_planned_for_a_gpu(precision: str, tmp_path: Path) -> None:
     """One that experts' activations fill: 2.4 and 3 times the plan, where these were computed for all rows at once.
 
-    With bf16_params FSDP has the model on one rank too, beside the fp32 buffer of a layer's gradients.
+    With bf16_params FSDP has the model on one rank too, beside the fp32 buffer of a layer's gradients. Beside the plan is
+    what a GPU without Triton, as this one, makes of a piece of the rows in between: about five times its gate and up.
     """
     words = [
         "task=bench", "recipe=mixtral_ep", "mesh=cpu_1", "mesh.device=cuda", "model.config.num_hidden_layers=2",
@@ -184,7 +186,7 @@ def test_a_step_takes_the_memory_that_is_planned_for_a_gpu(precision: str, tmp_p
     done = on_gpus("-m", "moecompile", *words, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     step = json.loads((tmp_path / "run" / "result.json").read_text())["step"]
-    assert step["peak_bytes"] == pytest.approx(step["planned_bytes"], rel=0.1)
+    assert step["peak_bytes"] == pytest.approx(step["planned_bytes"] + 5 * 4 * PIECE, rel=0.02)
 
 
 @pytest.mark.nightly

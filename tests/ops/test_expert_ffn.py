@@ -138,7 +138,7 @@ def test_some_rows_at_a_time_are_all_rows(dtype: torch.dtype, monkeypatch: pytes
     with_kernel = _activations(37, 24, dtype)
     monkeypatch.setattr(expert_ffn, "_kernels_for", lambda *_: None)
     whole = _activations(37, 24, dtype)
-    monkeypatch.setattr(expert_ffn, "_PIECE", 5 * 48)
+    monkeypatch.setattr(expert_ffn, "PIECE", 5 * 48)
     assert all(map(torch.equal, _activations(37, 24, dtype), whole))
     assert all(close(a, b.double(), TOLERANCE[dtype]) for a, b in zip(whole, with_kernel, strict=True))
 
