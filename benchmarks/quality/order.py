@@ -31,8 +31,10 @@ def order_of(unit: Unit, num_parent: int, num_branch: int) -> Tensor:
     """The windows that a unit sees, in this order: numbers below `num_parent` are of the parent's part.
 
     A parent sees its part in an order of its own; every arm of a seed sees the same windows of `branch`; those from
-    scratch see both, one after the other.
+    scratch see both, one after the other. A real model has no parent that saw a part: it sees windows of both.
     """
+    if unit.study == "real":
+        return _first(permutation(num_parent + num_branch, unit.seed or 0, 0), unit)
     first = permutation(num_parent, study.PARENT_SEED, 0)
     if unit.study == "quality" and unit.seed is None:
         return _first(first, unit)

@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # modules are named quality.*
 
+from moecompile.runtime.ranks import worker_variables
 from quality import study
 from quality.study import FOLDER, OtherSettings, Unit, hash_of_parent
 
@@ -125,7 +126,8 @@ class Worker:
         """Runs a unit in a process of its own and says how it ended."""
         log = FOLDER / "logs" / f"{unit.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environ = {**os.environ, "OMP_NUM_THREADS": str(unit.threads), "PYTHONPATH": str(Path(__file__).parents[2])}
+        variables = worker_variables(unit.threads, one_machine=True)  # what ranks of moecompile run with
+        environ = {**os.environ, **variables, "PYTHONPATH": str(study.REPOSITORY)}
         command = [sys.executable, __file__, "--unit", unit.name, "--study", unit.study]
         start = time.monotonic()
         with log.open("w") as output:

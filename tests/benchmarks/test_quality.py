@@ -158,6 +158,11 @@ def test_all_arms_of_a_seed_see_the_same_windows_in_the_same_order() -> None:
     assert len(set(parent.tolist())) == first and parent.max() < first + 9
     for arm in study.FROM_SCRATCH:
         assert orders[arm, 0].equal(torch.cat((parent, dense)))
+    # a real model has no parent that saw a part, and asks for more windows than the branches' part has
+    needed = study.SHAPES[study.REAL].branch_steps * ROWS
+    real = {arm: order_of(Unit("real", study.REAL, "prose", arm, 1), 6000, 4874) for arm in study.REAL_ARMS}
+    assert all(len(set(order.tolist())) == needed and order.equal(real["dense"]) for order in real.values())
+    assert real["dense"].min() < 6000 <= real["dense"].max() < 6000 + 4874
     # moecompile's sampler reads them in this order, with the seed of any arm
     rows = torch.arange(1000, 1000 + first + second + 18).view(-1, 1).expand(-1, 5)
     split = in_order(rows, dense, seed=3)
