@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".tmp"
@@ -59,12 +59,16 @@ def creating(path: Path, *, alone: bool = True) -> Iterator[Path]:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}") if alone else ():
         shutil.rmtree(leftover, ignore_errors=True)
     partial = _beside(path)
+    made = [parent for parent in path.parents if not parent.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: it holds the new folder, or what others wrote meanwhile
+                parent.rmdir()
 
 
 @contextmanager

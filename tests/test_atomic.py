@@ -51,7 +51,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: Ba
     with pytest.raises(type(error)), replacing(tmp_path / "file") as partial:
         partial.write_text("half")
         raise error
-    with pytest.raises(type(error)), creating(tmp_path / "folder") as folder:
+    with pytest.raises(type(error)), creating(tmp_path / "new" / "parent" / "folder") as folder:
         (folder / "half").write_text("half")
         raise error
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
