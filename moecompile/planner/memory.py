@@ -105,11 +105,12 @@ between split linears are counted whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
+from operator import mul
 from typing import NamedTuple
 
 from moecompile.mesh import MeshSpec, Part
@@ -377,7 +378,7 @@ class Known:
         """What these layers, which are those of `facts`, can keep for backward."""
         key = id(layers), id(facts)
         if key not in self._layers:
-            self._layers[key] = layers, facts, _AllLayers(layer_bytes(layers, mesh, facts, run).values())
+            self._layers[key] = layers, facts, _AllLayers(layer_bytes(layers, mesh, facts, run))
         return self._layers[key][-1]
 
 
@@ -671,7 +672,7 @@ def _of_layers(
     backward = max(of.backward, buffers)
     loss = LOGITS_COPIES * facts.vocab_size * max(FP32_BYTES, run.compute_bytes) * run.tokens_per_rank
     found = Activations(
-        kept=of.kept * run.in_flight, loss=loss, layers=backward, forward=of.made, kinds=of.kinds,
+        kept=of.kept(None, run), loss=loss, layers=backward, forward=of.made, kinds=of.kinds,
         each=of.each(buffers, again=False),
     )  # fmt: skip
     if run.checkpointing == "none":
@@ -683,9 +684,9 @@ def _of_layers(
         times = dict(run.in_flight_of)
         kept = sum(times.get(path, 1) * of.kept(what) for path, what, of in of_path)
         return Activations(kept=kept, loss=loss, layers=at_once + backward, forward=of.forward)
-    kept = of.kept_of_whole(run.checkpointing == "full") * run.in_flight
+    again = Recomputed(layers=(), parts=(LAYER,), modules=("",), sends=run.checkpointing == "full")
     repeated = Activations(
-        kept=kept, loss=loss, layers=of.again + backward, forward=of.forward, kinds=of.kinds,
+        kept=of.kept(again, run), loss=loss, layers=of.again + backward, forward=of.forward, kinds=of.kinds,
         each=of.each(buffers, again=True),
     )  # fmt: skip
     return min(found, repeated, key=lambda each: each.peak)
@@ -737,17 +738,17 @@ class _AllLayers:
     """`LayerBytes` of all layers of a rank, of one micro-batch.
 
     Attributes:
-        kinds: of each layer, its place among those that differ. kept: what all keep. made: the most that forward makes
-            in one of them, and forward: in one that is computed again; backward: the most of what backward makes.
-            again: the most that backward computes again at a time, if it does whole layers.
+        kinds: of each layer, its place among those that differ. made: the most that forward makes in one of them, and
+            forward: in one that is computed again; backward: the most of what backward makes. again: the most that
+            backward computes again at a time, if it does whole layers.
     """
 
-    def __init__(self, layers: Iterable[LayerBytes]) -> None:
-        each = list(layers)
-        self._layers = list(Counter(each).items())
+    def __init__(self, layers: Mapping[str, LayerBytes]) -> None:
+        self._layers = list(Counter(layers.values()).items())
         places = {of: kind for kind, (of, _) in enumerate(self._layers)}
-        self.kinds = tuple(places[of] for of in each)
-        self.kept: float = sum(of.kept(None) * number for of, number in self._layers)
+        self.kinds = tuple(places[of] for of in layers.values())
+        self._paths = dict(zip(layers, self.kinds, strict=True))
+        self._kept: dict[Hashable, float] = {}
         self.made = max((of.made for of, _ in self._layers), default=0.0)
         self.backward = max((of.backward for of, _ in self._layers), default=0.0)
         self._needs: dict[tuple[float, bool], tuple[tuple[float, float], ...]] = {}
@@ -773,15 +774,17 @@ class _AllLayers:
     def again(self) -> float:
         return max((of.again((LAYER,)) for of, _ in self._layers), default=0.0)
 
-    @cached_property
-    def _kept_of_whole(self) -> tuple[float, float]:
-        again = [Recomputed(layers=(), parts=(LAYER,), modules=("",), sends=sends) for sends in (False, True)]
-        kept, sent = (sum(of.kept(what) * number for of, number in self._layers) for what in again)
-        return kept, sent
-
-    def kept_of_whole(self, sends: bool) -> float:
-        """What all keep if backward computes whole layers again. sends: whether it repeats exchanges."""
-        return self._kept_of_whole[sends]
+    def kept(self, again: Recomputed | None, run: RunFacts) -> float:
+        """What all keep, of the micro-batches in flight. again: what each computes again."""
+        key = again, run.in_flight, run.in_flight_of
+        if key not in self._kept:
+            each = [of.kept(again) for of, _ in self._layers]
+            if len(each) == 1 or not run.in_flight_of:
+                number = sum(map(mul, each, (number for _, number in self._layers)))
+                self._kept[key] = number * run.in_flight
+            else:
+                self._kept[key] = sum(each[self._paths[path]] * times for path, times in run.in_flight_of)
+        return self._kept[key]
 
 
 def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:

@@ -245,16 +245,25 @@ class OfRank:
         """How many of its stages have weights outside of layers."""
         return sum(stage.has_root for stage in self.stages)
 
-    def run(self, run: RunFacts, pipeline: Pipeline | None) -> RunFacts:
-        """The run, with the micro-batches that are kept for backward."""
+    def run(self, run: RunFacts, pipeline: Pipeline | None, of: OfRank | None = None) -> RunFacts:
+        """The run, with the micro-batches that are kept for backward. of: with those of another rank."""
         if pipeline is None:
             return run
-        kept = pipeline.in_flight(self.index, run.accumulation)
+        of = of or self
+        kept = pipeline.in_flight(of.index, run.accumulation)
         of_each = tuple((path, times) for stage, times in zip(self.stages, kept, strict=True) for path in stage.layers)
         return replace(
-            run, in_flight=self.in_flight(pipeline, run.accumulation), in_flight_of=of_each,
+            run, in_flight=of.in_flight(pipeline, run.accumulation), in_flight_of=of_each,
             layers_at_once=self.layers_at_once,
         )  # fmt: skip
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """For each of its stages, the kinds of its layers; without stages, of all layers."""
+        if not self.stages:
+            return (tuple(sorted(fact.kind for fact in self.facts.layers)),)
+        kinds = {fact.path: fact.kind for fact in self.facts.layers}
+        return tuple(tuple(sorted(kinds.get(path, 0) for path in stage.layers)) for stage in self.stages)
 
     @property
     def layers_at_once(self) -> int:
@@ -345,7 +354,7 @@ def _sizes(of: OfRank) -> object:
         sorted(facts.frozen.values()), sorted(facts.linears.values()), sorted(facts.matrices.values()),
         sorted(facts.router_params.values()), weights,
         sorted((split.kind, split.size, split.params, split.width) for split in facts.split),
-        sorted(fact.kind for fact in facts.layers),
+        of.kinds,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -20,7 +21,8 @@ from moecompile.pipeline.shape import shape_of_model
 from moecompile.plan import Plan
 from moecompile.planner.build_plan import draft_plan
 from moecompile.planner.cost_model.forecast import forecast_plan
-from moecompile.planner.params import model_params, trained_params
+from moecompile.planner.memory import activations, exchanged
+from moecompile.planner.params import RunFacts, model_params, trained_params
 from moecompile.planner.pipeline import balanced, counts_of, ranks_of
 from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
@@ -111,6 +113,21 @@ def test_more_micro_batches_are_kept_on_the_first_stage() -> None:
         return estimate.memory_bytes_per_rank.activations
 
     assert kept(1) < kept(2) == kept(8)
+
+
+def test_each_stage_keeps_the_rows_of_its_own_micro_batches() -> None:
+    """Rank 0 keeps four of the first stage, which is dense, and one of the last, an MoE layer; rank 1 three and two."""
+    chosen = compose_config(["recipe=deepseek_ep", *TWO, "pipeline.schedule=dualpipev", "experts.layers='3:'"])
+    model = source_model(chosen)
+    example = example_inputs(model, chosen.data.seq_len)
+    _, facts = planning_facts(model, chosen, example)
+    made = moecompile.make_plan(model, chosen, example=example)
+    assert made.pipeline is not None and made.pipeline.layout == "Et*2|t*2|t|tL"  # the first three are dense
+    for of, expected in zip(ranks_of(made, facts), (1, 3 + 2), strict=True):
+        run = RunFacts(tokens_per_rank=512, accumulation=8)
+        both = [replace(of.run(run, made.pipeline), checkpointing=each) for each in ("keep_exchanges", "full")]
+        kept, sent = (activations(of.layers, of.mesh, of.facts, each).kept for each in both)
+        assert kept - sent == pytest.approx(expected * exchanged(of.layers[0], of.mesh) * 512 * 4)
 
 
 @pytest.mark.parametrize(

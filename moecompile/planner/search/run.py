@@ -133,13 +133,14 @@ class _Structure:
     load: float
     kinds: Sequence[_Kind]
 
-    def kept(self, micro_batches: int) -> list[float]:
-        """How many each kind keeps for backward at a time: the rank that keeps the most."""
-        pipeline = self.plan.pipeline
-        return [
-            1.0 if pipeline is None else max(of.in_flight(pipeline, micro_batches) for of in kind.ranks)
-            for kind in self.kinds
-        ]
+    def runs(self, kind: _Kind, run: RunFacts) -> list[RunFacts]:
+        """Of its ranks those that can keep the most for backward: where its stages are alike, the one of the most."""
+        pipeline, ranks = self.plan.pipeline, kind.ranks
+        if pipeline is None:
+            return [run]
+        if len(set(kind.of.kinds)) == 1:
+            ranks = [max(ranks, key=lambda of: of.in_flight(pipeline, run.accumulation))]
+        return [kind.of.run(run, pipeline, of) for of in ranks]
 
 
 def runnable(search: Search, rejected: Rejected) -> Iterator[Candidate]:
@@ -530,21 +531,21 @@ def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
     Args:
         run: with the micro-batch; others differ from it in checkpointing, and in when they gather and reduce.
     """
-    kept, of_layers = structure.kept(run.accumulation), defaultdict[float, Known](Known)
-    made: dict[object, list[Activations]] = {}
+    of_layers = defaultdict[float, Known](Known)
+    runs = [structure.runs(kind, run) for kind in structure.kinds]
+    made: dict[object, list[list[Activations]]] = {}  # of each kind, of its ranks
     sent: dict[object, list[int]] = {}
     held: dict[object, list[tuple[int, Gradients, int]]] = {}
     totals: dict[object, int] = {}
 
-    def made_in(run: RunFacts, load: float, in_flight: bool) -> list[Activations]:
+    def made_in(run: RunFacts, load: float, in_flight: bool) -> list[list[Activations]]:
         key = run.checkpointing, load, in_flight
         if key not in made:
             made[key], known = [], of_layers[load]
-            runs = {times: replace(run, row_load=load, in_flight=times) for times in set(kept)}
-            for kind, times in zip(structure.kinds, kept, strict=True):
-                given, of = runs[times], kind.of
-                layers = kind.overlapped if in_flight else of.layers
-                made[key].append(activations(layers, of.mesh, of.facts, given, known))
+            for kind, given in zip(structure.kinds, runs, strict=True):
+                layers, of = kind.overlapped if in_flight else kind.of.layers, kind.of
+                each = [replace(one, checkpointing=run.checkpointing, row_load=load) for one in given]
+                made[key].append([activations(layers, of.mesh, of.facts, one, known) for one in each])
         return made[key]
 
     def sent_in(run: RunFacts, load: float) -> list[int]:
@@ -565,8 +566,9 @@ def _memory(structure: _Structure, run: RunFacts, states: _States) -> _Memory:
         if key not in totals:
             parts = held_by(replicas, run), made_in(run, load, in_flight), sent_in(run, load)
             totals[key] = max(
-                weights + optimizer + together(grads, made, buffers)
+                weights + optimizer + together(grads, each, buffers)
                 for (weights, grads, optimizer), made, buffers in zip(*parts, strict=True)
+                for each in made
             )
         return totals[key]
 
