@@ -15,7 +15,7 @@ order of its forwards and backwards has at a time.                              
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
@@ -258,12 +258,16 @@ class OfRank:
         )  # fmt: skip
 
     @cached_property
-    def kinds(self) -> tuple[tuple[int, ...], ...]:
-        """For each of its stages, the kinds of its layers; without stages, of all layers."""
-        if not self.stages:
-            return (tuple(sorted(fact.kind for fact in self.facts.layers)),)
+    def kinds(self) -> tuple[Hashable, ...]:
+        """For each of its stages what its layers are, and which of them are MoE layers; without stages, of all."""
         kinds = {fact.path: fact.kind for fact in self.facts.layers}
-        return tuple(tuple(sorted(kinds.get(path, 0) for path in stage.layers)) for stage in self.stages)
+        if not self.stages:
+            return (tuple(sorted(kinds.values())),)
+        moe = [tuple(layer.alike for layer in self.layers if stage.holds(layer.site.fqn)) for stage in self.stages]
+        return tuple(
+            (tuple(sorted(kinds[path] for path in stage.layers)), of)
+            for stage, of in zip(self.stages, moe, strict=True)
+        )
 
     @property
     def layers_at_once(self) -> int:

@@ -23,7 +23,7 @@ from moecompile.planner.build_plan import draft_plan
 from moecompile.planner.cost_model.forecast import forecast_plan
 from moecompile.planner.memory import activations, exchanged
 from moecompile.planner.params import RunFacts, model_params, trained_params
-from moecompile.planner.pipeline import balanced, counts_of, ranks_of
+from moecompile.planner.pipeline import alike, balanced, counts_of, ranks_of
 from moecompile.planner.search.axes import Axes, axes_of
 from moecompile.planner.search.found import Candidate, Rejected
 from moecompile.planner.search.run import Search, runnable
@@ -128,6 +128,19 @@ def test_each_stage_keeps_the_rows_of_its_own_micro_batches() -> None:
         both = [replace(of.run(run, made.pipeline), checkpointing=each) for each in ("keep_exchanges", "full")]
         kept, sent = (activations(of.layers, of.mesh, of.facts, each).kept for each in both)
         assert kept - sent == pytest.approx(expected * exchanged(of.layers[0], of.mesh) * 512 * 4)
+
+
+def test_ranks_are_alike_if_their_stages_are() -> None:
+    """Ranks 1 and 2 have a dense layer and an MoE layer each, of which one keeps few and the other many."""
+    chosen = compose_config([
+        "recipe=deepseek_ep", "mesh=cpu_1x4", "mesh.pp=4", "pipeline.schedule=dualpipev",
+        "model.config.num_hidden_layers=8", "experts.layers='2::4'",
+    ])  # fmt: skip
+    model = source_model(chosen)
+    example = example_inputs(model, chosen.data.seq_len)
+    _, facts = planning_facts(model, chosen, example)
+    made = moecompile.make_plan(model, chosen, example=example)
+    assert [[of.index for of in ranks] for ranks in alike(ranks_of(made, facts))] == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize(
