@@ -81,7 +81,7 @@ A2. All layers. What one keeps outside of its MoE layer, and makes for a while b
        forward     = max over layers of (scores + made)
        exchanged   = 2 copies D of an MoE layer with keep_exchanges: rows received in dispatch and combine; else 0
    With checkpointing this is at most what it is without. -> `activations`
-   In a pipeline, `kept` is there for as many micro-batches as are in flight (plan/pipeline.py).
+   In a pipeline, what a layer keeps is there for as many micro-batches as its stage has in flight (stages.py).
    With checkpointing=budget each layer has its own (budget.py):                                     -> `LayerBytes`
        all of it is computed again    kept = input + exchanged, again as above
        some of its parts are          kept = what the others keep, and the inputs of all; of an FFN that is: exchanged.
