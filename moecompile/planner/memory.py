@@ -110,7 +110,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from operator import mul
 from typing import NamedTuple
 
 from moecompile.mesh import MeshSpec, Part
@@ -745,10 +744,9 @@ class _AllLayers:
 
     def __init__(self, layers: Mapping[str, LayerBytes]) -> None:
         self._layers = list(Counter(layers.values()).items())
-        places = {of: kind for kind, (of, _) in enumerate(self._layers)}
-        self.kinds = tuple(places[of] for of in layers.values())
-        self._paths = dict(zip(layers, self.kinds, strict=True))
-        self._kept: dict[Hashable, float] = {}
+        kinds = {of: kind for kind, (of, _) in enumerate(self._layers)}
+        self._kinds = {path: kinds[of] for path, of in layers.items()}
+        self.kinds = tuple(self._kinds.values())
         self.made = max((of.made for of, _ in self._layers), default=0.0)
         self.backward = max((of.backward for of, _ in self._layers), default=0.0)
         self._needs: dict[tuple[float, bool], tuple[tuple[float, float], ...]] = {}
@@ -776,15 +774,10 @@ class _AllLayers:
 
     def kept(self, again: Recomputed | None, run: RunFacts) -> float:
         """What all keep, of the micro-batches in flight. again: what each computes again."""
-        key = again, run.in_flight, run.in_flight_of
-        if key not in self._kept:
-            each = [of.kept(again) for of, _ in self._layers]
-            if len(each) == 1 or not run.in_flight_of:
-                number = sum(map(mul, each, (number for _, number in self._layers)))
-                self._kept[key] = number * run.in_flight
-            else:
-                self._kept[key] = sum(each[self._paths[path]] * times for path, times in run.in_flight_of)
-        return self._kept[key]
+        each = [of.kept(again) for of, _ in self._layers]
+        if run.in_flight_of:
+            return sum(each[self._kinds[path]] * times for path, times in run.in_flight_of)
+        return run.in_flight * sum(of * number for of, (_, number) in zip(each, self._layers, strict=True))
 
 
 def layer_bytes(layers: Sequence[LayerPlan], mesh: MeshSpec, facts: ModelFacts, run: RunFacts) -> dict[str, LayerBytes]:

@@ -259,10 +259,8 @@ class OfRank:
 
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
-        """For each of its stages what its layers are, and which of them are MoE layers; without stages, of all."""
+        """For each of its stages what its layers are, and which of them are MoE layers."""
         kinds = {fact.path: fact.kind for fact in self.facts.layers}
-        if not self.stages:
-            return (tuple(sorted(kinds.values())),)
         moe = [tuple(layer.alike for layer in self.layers if stage.holds(layer.site.fqn)) for stage in self.stages]
         return tuple(
             (tuple(sorted(kinds[path] for path in stage.layers)), of)
