@@ -90,6 +90,7 @@ SLICES = {
         "routing.top_k=2",
     ),
 }  # fmt: skip
+SLICES["even"] = (*SLICES["copies"], "routing.even_groups=true")
 WIDENED = (
     "experts.init=widen", "experts.num_routed=8", "experts.widen.top_k=kept", "experts.widen.noise=0.1",
 )  # fmt: skip
@@ -97,10 +98,11 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "dense": (), **SLICES, "moe": (), "widened": WIDENED, "scratch": (), "dense_scratch": (),
     "parent_dense": (), "parent_moe": (),
 }  # fmt: skip
-ARMS = ("dense", "copies", "virtual", "drop", "moe", "widened", "scratch", "dense_scratch")
+ARMS = ("dense", "copies", "virtual", "drop", "even", "moe", "widened", "scratch", "dense_scratch")
 FROM_SCRATCH, DENSE = ("scratch", "dense_scratch"), ("dense", "dense_scratch", "parent_dense")
-DECLARED_LATER = ("dense_scratch",)  # not in the family of main outcomes
-REAL_ARMS, REAL_SEEDS = ("dense", "copies", "drop"), (0, 1)
+DECLARED_LATER = ("dense_scratch", "even")  # not in the family of main outcomes
+REAL_ARMS, REAL_SEEDS = ("dense", "copies", "drop", "even"), (0, 1)
+ONLY_REAL = ("even",)
 BASES = {arm: "parent_moe" if arm in ("moe", "widened") else "parent_dense" for arm in ARMS if arm not in FROM_SCRATCH}
 """Arm -> the parent from which it goes on."""
 
@@ -206,7 +208,8 @@ def units(study: str = "quality") -> list[Unit]:
     if study == "real":
         return [Unit("real", REAL, "prose", arm, seed) for seed in REAL_SEEDS for arm in REAL_ARMS]
     found: dict[Unit, None] = {}
-    for size, seed, domain, arm in itertools.product(SIZES, SEEDS, DOMAINS, ARMS):
+    arms = [arm for arm in ARMS if arm not in ONLY_REAL]
+    for size, seed, domain, arm in itertools.product(SIZES, SEEDS, DOMAINS, arms):
         unit = Unit("quality", size, domain, arm, seed)
         found |= dict.fromkeys([unit] if unit.parent is None else [unit.parent, unit])
     return list(found)

@@ -37,7 +37,7 @@ from quality.study import ARMS, DOMAINS, LEAST_ROUNDING, ROUNDED_ON_THE_WIRE, RO
 Results = Mapping[Unit, Mapping[str, Any]]
 ASSETS = study.REPOSITORY / "docs" / "assets" / "quality"
 PAIRS = [(arm, "dense") for arm in ARMS if arm != "dense"] + [
-    ("virtual", "copies"), ("drop", "copies"), ("widened", "moe"), ("copies", "scratch"), ("widened", "scratch"),
+    ("virtual", "copies"), ("drop", "copies"), ("even", "copies"), ("widened", "moe"), ("copies", "scratch"), ("widened", "scratch"),
     ("scratch", "dense_scratch"),
 ]  # fmt: skip
 """(arm, other)."""
@@ -358,7 +358,11 @@ EARLY = 25  # steps, before rounding changes the choice of an expert here
 # -- pictures -------------------------------------------------------------------------------------------------------
 
 _COLORS = dict(
-    zip(ARMS, ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999"), strict=True)
+    zip(
+        ARMS,
+        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999"),
+        strict=True,
+    )
 )
 
 

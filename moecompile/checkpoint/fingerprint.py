@@ -31,7 +31,8 @@ IN_THE_PLAN = (
     "data.mask_padding", "experts.backend", "experts.drop_ratio", "experts.granularity", "experts.init",
     "experts.latent_norm", "experts.latent_size", "experts.layers", "experts.match", "experts.num_identity",
     "experts.num_routed", "experts.num_shared", "experts.shared_gate", "experts.shared_routed", "experts.sites",
-    "experts.weight_scaling", "per_layer", "plan", "routing.bias", "routing.choice", "routing.expert_scale",
+    "experts.weight_scaling", "per_layer", "plan", "routing.bias", "routing.choice", "routing.even_groups",
+    "routing.expert_scale",
     "routing.group_score", "routing.groups", "routing.max_nodes", "routing.norm", "routing.normalize", "routing.scale",
     "routing.score", "routing.top_groups", "routing.top_k",
 )  # fmt: skip

@@ -131,6 +131,7 @@ def common(form: MoEForm, dense: Any) -> list[Refusal]:
             ("routing.choice", routing.choice, routing.choice == "hash", "chooses by a hash of the token id"),
             ("routing.norm", routing.norm, routing.norm, "norms the router's input"),
             ("routing.expert_scale", routing.expert_scale, routing.expert_scale, "scales the weights of each expert"),
+            ("routing.even_groups", True, routing.even_groups, "lets a token choose as many experts of every group"),
             ("routing.capacity_factor", routing.capacity_factor, not routing.dropless, "drops tokens"),
             ("routing.bias", routing.bias, routing.bias, "gives the router's logits a bias"),
             ("routing.jitter", routing.jitter, routing.jitter > 0, "jitters the router's input alone in training"),

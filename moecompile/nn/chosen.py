@@ -23,6 +23,14 @@ def open_experts(choice_TE: Tensor, config: RouterConfig, num_experts: int) -> T
     return open_TG.repeat_interleave(per_group, dim=1)
 
 
+def best_of_each_group(choice_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Ids of the top_k / groups best experts of every group, (T, K) int64, group by group."""
+    by_group_TGe = choice_TE.unflatten(1, (config.groups, -1))
+    within_TGk = by_group_TGe.topk(config.top_k // config.groups, dim=-1, sorted=False).indices
+    first_G1 = torch.arange(config.groups, device=choice_TE.device).unsqueeze(1) * by_group_TGe.shape[2]
+    return (within_TGk + first_G1).flatten(1)
+
+
 def kept_within(
     ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, drop: str, real_T: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +57,7 @@ def replayed_or_live(ids_TK: Tensor, live_TK: Tensor, num_experts: int) -> Tenso
 def in_words(config: RouterConfig, num_experts: int) -> str:
     """The router in one line."""
     limit = f", {config.top_groups} of {config.groups} groups by {config.group_score}" if config.groups > 1 else ""
+    limit = f", as many of each of {config.groups} groups" if config.even_groups else limit
     words = [f"{num_experts} experts, {config.score} top-{config.top_k}{limit}, scale={config.scale}"]
     words += {"token": [], "expert": ["experts choose"], "hash": ["a hash of the token id chooses"]}[config.choice]
     if config.capacity_factor is not None:

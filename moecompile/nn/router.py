@@ -1,6 +1,6 @@
 """The router: chooses the experts of each token and their routing weights.
 
-    jitter -> norm -> logits + bias -> score -> correction bias -> group limit -> top-k -> normalise -> scale
+    jitter -> norm -> logits + bias -> score -> correction bias -> group limit -> top-k (of all, or of each group) -> normalise -> scale
     -> scale of the expert -> capacity
 
 Legend: T tokens, D model dim, E experts, K top-k, G groups.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moecompile import ops  # noqa: F401  (registers the ops)
 from moecompile.errors import MoecompileError
-from moecompile.nn.chosen import in_words, kept_within, open_experts, replayed_or_live
+from moecompile.nn.chosen import best_of_each_group, in_words, kept_within, open_experts, replayed_or_live
 from moecompile.nn.losses import KeepsLosses
 from moecompile.nn.meter import LoadMeter
 from moecompile.nn.padding import without_padding
@@ -158,13 +158,16 @@ class Router(KeepsLosses):
             hashed_TK: Tensor = kernels.hashed_ids(tokens_T, self.num_experts, config.top_k, self.layer)
             return hashed_TK
         if config.workload == "balanced":
-            ids_TK: Tensor = kernels.balanced_ids(scores_TE, config.top_k, config.groups, config.top_groups)
+            groups = (config.groups, config.top_groups) if config.has_groups else (1, 1)
+            ids_TK: Tensor = kernels.balanced_ids(scores_TE, config.top_k, *groups)
             return ids_TK
         if config.workload == "none":
             choice_TE = scores_TE + self.correction_bias
         else:
             how = (config.workload, config.skew, config.hot_experts)
             choice_TE = kernels.workload_scores(self._uniform(scores_TE), self.key, *how)
+        if config.even_groups:
+            return best_of_each_group(choice_TE, config)
         if config.top_groups < config.groups:
             # -inf, not 0: a closed group must lose even against negative corrected scores.
             choice_TE = choice_TE.masked_fill(~open_experts(choice_TE, config, self.num_experts), float("-inf"))

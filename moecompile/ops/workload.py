@@ -83,12 +83,10 @@ def balanced_ids(like_TE: Tensor, top_k: int, groups: int, top_groups: int) -> T
     """The balanced workload, (T, K) int64: token t uses the groups (t + j) mod G, j < M, and its slots cycle over them.
 
     NOTE on why it is balanced: in G consecutive tokens each group is used once in every role j, so it gets K
-    assignments, which cycle over its experts. Loads are equal if G divides T and E divides T * K; without a group limit
-    they differ by at most one.
+    assignments, which cycle over its experts. Loads are equal if G divides T and E divides T * K; with one group they
+    differ by at most one.
     """
     num_tokens, num_experts = like_TE.shape
-    if top_groups == groups:
-        groups = top_groups = 1
     size, device = num_experts // groups, like_TE.device
     token = torch.arange(num_tokens, device=device).unsqueeze(1)
     slot = torch.arange(top_k, device=device)

@@ -118,7 +118,9 @@ def unequal_copies(replacement: fx.GraphModule, layers: Sequence[LayerPlan]) -> 
         if not isinstance(layer.site, FFNSite) or not isinstance(experts, Experts):
             continue
         for name, stack in experts.named_parameters(recurse=False):
-            first, *others = stack.detach().unflatten(0, (-1, layer.experts.virtual_group))
+            slices = layer.experts.virtual_group
+            by_slice = stack.detach().unflatten(0, (slices, -1) if layer.routing.even_groups else (-1, slices))
+            first, *others = by_slice.transpose(0, 1) if layer.routing.even_groups else by_slice
             if not all(torch.equal(other, first) for other in others):
                 return f"{node.target}.{name}"
     return None

@@ -16,7 +16,7 @@ of gate^T gate + up^T up + down down^T. With L = D nothing is lost. V and V^T ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def fill(
     expert_ids = range(plan.num_routed) if expert_ids is None else expert_ids
     routed_slices = plan.virtual_group
     rows = torch.randn(plan.num_routed // routed_slices, layer.site.d_model, generator=generator) * _ROUTER_STD
-    router.weight[: plan.num_routed].copy_(rows.repeat_interleave(routed_slices, 0))
+    router.weight[: plan.num_routed].copy_(rows[[layer.copy_of(expert) for expert in range(plan.num_routed)]])
     if plan.num_identity:
         own = torch.randn(plan.num_identity, layer.site.d_model, generator=generator) * _ROUTER_STD
         router.weight[plan.num_routed :].copy_(own)
@@ -104,7 +104,8 @@ def fill(
     silent = not plan.is_sliced  # beside whole copies, the shared expert starts with an output of zero
     first = plan.num_shared if plan.is_sliced else 0
     scale = factors(router, experts, layer, generator)
-    _fill_experts(experts, inner, expert_ids, first, routed_slices, scale, bears_bias=silent or not shared)
+    slices = {expert: layer.slice_of(expert) for expert in expert_ids}
+    _fill_experts(experts, inner, slices, first, scale, bears_bias=silent or not shared)
     if plan.init == "drop":
         _redraw(experts, plan.drop_ratio, generator.initial_seed(), expert_ids)
     if shared is not None:
@@ -154,29 +155,28 @@ def _is_narrow(layer: LayerPlan) -> bool:
 def _fill_experts(
     experts: Experts,
     dense: DenseWeights,
-    expert_ids: Sequence[int],
+    slices: Mapping[int, int],
     first: int,
-    slices: int,
     scale: Factors,
     *,
     bears_bias: bool,
 ) -> None:
-    """Expert id = copy * slices + slice; slice s is the dense FFN's slice first + s.
+    """slices: expert id -> s, for the dense FFN's slice first + s; in the order of the experts' stacks.
 
     The bias of down is added once: by slice 0 if `bears_bias`, else by the shared expert.
     """
     width = experts.d_expert
     in_proj = getattr(experts, experts.in_name)
     in_bias = getattr(experts, f"{experts.in_name}_bias")
-    for i, expert in enumerate(expert_ids):
-        piece = slice((first + expert % slices) * width, (first + expert % slices + 1) * width)
+    for i, number in enumerate(slices.values()):
+        piece = slice((first + number) * width, (first + number + 1) * width)
         in_proj[i].copy_(torch.cat([weight[piece] for weight in dense.ins]) * scale.ins)
         experts.down_proj[i].copy_(dense.down_DF[:, piece] * scale.down)
         if in_bias is not None:
             biases = [_bias(b, w)[piece] for b, w in zip(dense.in_biases, dense.ins, strict=True)]
             in_bias[i].copy_(torch.cat(biases) * scale.ins)
         if experts.down_proj_bias is not None and dense.down_bias is not None:
-            share = scale.down_bias if bears_bias and expert % slices == 0 else 0.0
+            share = scale.down_bias if bears_bias and number == 0 else 0.0
             experts.down_proj_bias[i].copy_(dense.down_bias * share)
 
 

@@ -143,7 +143,7 @@ def _ffn(
     for each in planned:
         counts = layer_params(each)
         always += counts.shared - counts.latent - counts.dense
-    experts, (chosen, groups, top_groups) = site.experts, routed(site)
+    experts, (chosen, groups, top_groups, even_groups) = site.experts, routed(site)
     if isinstance(site.site, ExpertsSite):
         always -= experts.num_routed * hidden  # its router is a part of the layer
     latent = site.experts.latent_size or (site.row_site.d_model if site.row_site.d_model != hidden else None)
@@ -152,7 +152,7 @@ def _ffn(
     d_shared, always = _wide(always, site.site.num_in_projections, hidden)
     return Experts(
         experts=experts.num_routed, top_k=chosen, d_expert=experts.d_expert, num_in=site.site.num_in_projections,
-        groups=groups, top_groups=top_groups, d_shared=d_shared, always=always, latent=latent,
+        groups=groups, top_groups=top_groups, even_groups=even_groups, d_shared=d_shared, always=always, latent=latent,
         activation=_activation(site.site), shared_in_experts=isinstance(site.site, FFNSite),
     )  # fmt: skip
 

@@ -56,6 +56,17 @@ class LayerPlan:
             check_balance(self.routing, self.balance)
             check_shared(self.experts, self.routing)
 
+    def slice_of(self, expert: int) -> int:
+        """Which of the dense FFN's routed slices an expert begins with: a copy is consecutive, or a slice's copies."""
+        slices = self.experts.virtual_group
+        copies = self.experts.num_routed // slices
+        return expert // copies if self.routing.even_groups else expert % slices
+
+    def copy_of(self, expert: int) -> int:
+        """Which copy of the dense FFN an expert begins as a slice of."""
+        slices = self.experts.virtual_group
+        return expert % (self.experts.num_routed // slices) if self.routing.even_groups else expert // slices
+
     @cached_property
     def alike(self) -> Hashable:
         """Equal for layers that share their parts, as those that were planned together do, and differ in their name

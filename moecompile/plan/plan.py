@@ -352,6 +352,7 @@ class Plan:
         for layer in self.layers:
             e, r = layer.experts, layer.routing
             limit = f", {r.top_groups} of {r.groups} groups" if r.top_groups < r.groups else ""
+            limit = f", {r.top_k // r.groups} of each of {r.groups} groups" if r.even_groups else limit
             shared = f" + shared {e.d_shared}" if e.d_shared else ""
             shared += f" in latent {e.latent_size}" if e.latent_size else ""
             lines.append(

@@ -102,6 +102,7 @@ from moecompile.schema import (
     site_slice,
     validate_settings,
     validate_transform,
+    virtual_group,
 )
 
 # -- the dispatch of a layer: its kind, the dtype of rows in an exchange, and the overlap ---------------------------
@@ -572,7 +573,8 @@ def _made_layer(site: FFNSite, settings: LayerSettings, config: Config, mesh: Me
         )  # fmt: skip
     _check_future(settings, facts)
     d_expert = site.d_ff // experts.granularity
-    routing_plan = router_config(routing, experts.num_routed, mesh)
+    slices = virtual_group(experts.init, experts.granularity, experts.num_shared)
+    routing_plan = router_config(routing, experts.num_routed, mesh, slices)
     placement = ExpertPlacement(
         num_experts=experts.num_routed, ep=mesh.ep, nodes=mesh.nodes_per_ep_group, num_identity=experts.num_identity
     )

@@ -394,9 +394,10 @@ def computed_per_token(layer: LayerPlan) -> float:
     return layer.routing.top_k * layer.placement.share_computed
 
 
-def routed(layer: LayerPlan) -> tuple[int, int, int]:
-    """Experts with weights per token, rounded; groups of experts; and groups that a token may use."""
-    return round(computed_per_token(layer)), layer.routing.groups, layer.routing.top_groups
+def routed(layer: LayerPlan) -> tuple[int, int, int, bool]:
+    """Experts with weights per token, rounded; groups of experts; those that a token may use; as many of each."""
+    routing = layer.routing
+    return round(computed_per_token(layer)), routing.groups, routing.top_groups, routing.even_groups
 
 
 def model_params(layers: Sequence[LayerPlan], facts: ModelFacts) -> ModelParams:

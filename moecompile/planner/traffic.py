@@ -16,6 +16,8 @@ first K experts of open groups are chosen.
    copies differ by 0.2% to 0.6% for DeepSeek-V3 (256 experts, 8 groups) and by 3% for groups of two experts.
    With expert choice, experts choose independently, and all S of a set miss with probability (1 - c K/E)^S; c is the
    capacity factor. Dropped assignments of token choice are not subtracted, so the numbers are upper bounds then.
+   With `even_groups`, K/G experts are drawn in every group, and a rank with o_g of group g is missed with
+   the product over g of C(E/G - o_g, K/G) / C(E/G, K/G).
    With Z identity experts, experts are drawn from E + Z, and a token has K E / (E + Z) of those with weights.
    A router that starts from virtual groups (docs/understand/upcycling.md) chooses the experts of a group together, so
    all kinds except `flat` and `allgather` send less than this until training has made the experts differ.
@@ -53,6 +55,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import comb, prod
 
 from moecompile.mesh import MeshSpec
 from moecompile.plan import EXCHANGES, KINDS, WIRE_FORMATS, ExpertPlacement, RoutingPlan, Traffic, plan_errors
@@ -199,18 +202,19 @@ def copies_per_token(kind: str, placement: ExpertPlacement, routing: RoutingPlan
 
 
 @cache
-def even_copies(kind: str, experts: int, routed: tuple[int, int, int], nodes: int, on_node: int) -> Copies:
+def even_copies(kind: str, experts: int, routed: tuple[int, int, int, bool], nodes: int, on_node: int) -> Copies:
     """`copies_per_token` of a dispatch that is described by numbers alone.
 
     Args:
-        routed: experts per token, groups, and groups that a token may use. nodes, on_node: shape of the EP group.
+        routed: as of `params.routed`. nodes, on_node: shape of the EP group.
     """
-    top_k, groups, top_groups = routed
+    top_k, groups, top_groups, even_groups = routed
     mesh = MeshSpec(num_nodes=nodes, ranks_per_node=on_node, ep=nodes * on_node)
     routing = RoutingPlan(
         top_k=top_k,
         groups=groups,
         top_groups=top_groups,
+        even_groups=even_groups,
         score="sigmoid",
         normalize=True,
         scale=1.0,
@@ -344,7 +348,7 @@ _SENT: dict[str, _Sent] = {
 
 def _hit_rates(placement: ExpertPlacement, routing: RoutingPlan, nodes: int) -> tuple[float, float]:
     """p and q: probability that a token needs a rank, and a node, as means over the EP group (step 1)."""
-    if routing.top_groups >= routing.groups:  # any experts of a rank are needed as often
+    if not routing.has_groups:  # any experts of a rank are needed as often
         placement = replace(placement, order=())
     return _known_hit_rates(placement, routing, nodes)
 
@@ -373,6 +377,9 @@ def _miss_probability(num_experts: int, routing: RoutingPlan, experts: Sequence[
 @cache  # ranks differ in few ways
 def _miss_of_overlaps(num_experts: int, routing: RoutingPlan, of_groups: tuple[tuple[int, int], ...]) -> float:
     size, overlaps = num_experts // routing.groups, dict(of_groups)
+    if routing.even_groups:
+        each = routing.top_k // routing.groups
+        return prod((comb(size - overlap, each) / comb(size, each)) ** count for overlap, count in of_groups)
     states: dict[tuple[int, ...], float] = {(0,) * len(overlaps): 1.0}  # open groups of each overlap -> probability
     for drawn in range(routing.top_k):
         after: defaultdict[tuple[int, ...], float] = defaultdict(float)

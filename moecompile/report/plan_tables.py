@@ -158,6 +158,7 @@ def _router_lines(layer: LayerPlan) -> tuple[str, ...]:
         (routing.bias, "with bias"),
         (limited, f"{routing.top_groups} of {routing.groups} groups"),
         (limited and not own, f"by {routing.group_score}"),
+        (routing.even_groups, f"{routing.top_k // routing.groups} of each of {routing.groups} groups"),
         (routing.normalize, "normalized"),
         (routing.scale != 1, f"scale {routing.scale:g}"),
         (routing.expert_scale, "scale per expert"),

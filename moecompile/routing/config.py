@@ -87,6 +87,8 @@ class RouterConfig:
     """
     expert_scale: bool = False
     """Whether the routing weights of an expert are multiplied by a learned number, last of all (Gemma 4)."""
+    even_groups: bool = False
+    """Whether a token uses the top_k / groups best experts of every group (MoGE, arXiv 2505.21411)."""
 
     def __post_init__(self) -> None:
         for name, allowed in ROUTER_NUMBERS.items():
@@ -104,11 +106,32 @@ class RouterConfig:
         if (self.capacity_factor is None) != (self.drop == "none"):
             rule = "must be none if and only if capacity_factor is null"
             raise ConfigError("routing.drop", self.drop, rule, "Correct the plan")
+        if self.even_groups:
+            self._check_even_groups()
+
+    def _check_even_groups(self) -> None:
+        for path, value, broken, rule, fix in (
+            ("choice", self.choice, self.choice != "token", "leaves no choice to the token", "Use token"),
+            ("groups", self.groups, self.groups == 1, "is no division of the experts", "Use a divisor of them"),
+            ("top_groups", self.top_groups, self.top_groups < self.groups, "closes some groups", f"Use {self.groups}"),
+            (
+                "top_k", self.top_k, self.top_k % self.groups > 0, f"is not a multiple of routing.groups={self.groups}",
+                f"Use {(self.top_k // self.groups + 1) * self.groups}",
+            ),
+        ):  # fmt: skip
+            if broken:
+                why = "and routing.even_groups=true lets a token choose as many experts of every group"
+                raise ConfigError(f"routing.{path}", value, f"{rule}, {why}", f"{fix}, or routing.even_groups=false")
 
     @property
     def dropless(self) -> bool:
         """Whether every token gets all of its top_k experts, so the number of assignments is known in advance."""
         return self.choice != "expert" and self.capacity_factor is None
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the groups bear on a token's choice."""
+        return self.even_groups or self.top_groups < self.groups
 
     def most_per_token(self, num_experts: int) -> int:
         """The most experts that one token may have."""
@@ -132,7 +155,7 @@ class RouterConfig:
 
         Args:
             virtual_group: number of experts that are one copy of the dense FFN's routed slices. top_k chooses all
-                experts of such a group, and no routing group splits it.
+                experts of such a group, and no routing group splits it; with `even_groups`, each group has one slice.
 
         Raises:
             ConfigError: one of these does not hold.
@@ -167,7 +190,10 @@ class RouterConfig:
             if value % size:
                 up = (value // size + 1) * size
                 raise ConfigError(path, value, rule, f"Use {up}, or experts.init=random")
-        if num_experts // self.groups % size:
+        if self.even_groups and size > 1 and self.groups != size:
+            rule = f"must be the number of routed slices, {size}: with routing.even_groups=true a group is one slice"
+            raise ConfigError("routing.groups", self.groups, rule, f"Use {size}, or auto")
+        if not self.even_groups and num_experts // self.groups % size:
             raise ConfigError(
                 "routing.groups", self.groups, f"a virtual group of {size} experts would straddle routing groups",
                 f"Make experts.num_routed / routing.groups a multiple of {size}",
@@ -278,3 +304,6 @@ def check_balance(router: RouterConfig, balance: BalanceSpec) -> None:
     if router.top_groups < router.groups:
         rule = f"compares a token's experts, and only {router.top_groups} of {router.groups} groups are open to it"
         raise ConfigError("balance.rule", balance.rule, rule, "Use balance.rule=bias, or no group limit")
+    if router.even_groups:
+        rule = "compares all of a token's experts, and routing.even_groups=true lets those of a group compete"
+        raise ConfigError("balance.rule", balance.rule, rule, "Use balance.rule=bias, or routing.even_groups=false")

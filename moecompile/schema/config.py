@@ -141,11 +141,17 @@ class RoutingConfig:
     scale: float = number(1.0, ROUTER_NUMBERS["scale"])
     """Factor of the routing weights."""
     groups: Union[int, str] = "auto"
-    """Groups of consecutive experts; `auto`: one per node of the EP group if `max_nodes` is set, else 1."""
+    """Groups of consecutive experts; `auto`: one per node of the EP group if `max_nodes` is set; with `even_groups`
+    one per routed slice of the dense FFN; else 1.
+    """
     top_groups: Optional[int] = number(None, ROUTER_NUMBERS["top_groups"])
     """Groups that a token may use, 1 to `groups`; null: as many as `max_nodes` allows, or all."""
     group_score: GroupScore = GroupScore.top2
     """How group-limited routing scores a group: by its best expert, its two best, or its top_k / top_groups best."""
+    even_groups: bool = False
+    """Each token uses the top_k / groups best experts of every group (MoGE, Pangu Pro MoE). With
+    experts.init=virtual_group or drop a group is one slice of the dense FFN, so that a token always has all of them.
+    """
     max_nodes: Optional[int] = number(None, Whole(1))
     """Nodes that a token may reach; null: no limit."""
     bias: bool = False

@@ -131,9 +131,10 @@ def validate_settings(settings: LayerSettings, mesh: MeshSpec) -> None:
         check_experts(experts)
         check_shared(experts, routing)
         check_placement(experts.num_routed, mesh.ep)
-        router = router_config(routing, experts.num_routed, mesh)
+        slices = virtual_group(experts.init, experts.granularity, experts.num_shared)
+        router = router_config(routing, experts.num_routed, mesh, slices)
         check_choice(routing)
-        router.check_experts(experts.num_routed, virtual_group(experts.init, experts.granularity, experts.num_shared))
+        router.check_experts(experts.num_routed, slices)
         balance_spec(balance, router)
     except ConfigError as error:
         raise ConfigError(settings.path_of(error.path), error.value, error.rule, error.fix) from None
@@ -440,11 +441,14 @@ def check_placement(num_routed: int, ep: int) -> None:
 # -- routing and balance, and their resolved forms ------------------------------------------------------------------
 
 
-def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> RouterConfig:
+def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec, slices: int = 1) -> RouterConfig:
     """The validated router, with `auto` filled in and the node limit checked (docs/understand/routing.md).
 
     Groups are a property of the model: with explicit `groups` the mesh only limits them. `max_nodes` guarantees that
     each token reaches at most that many nodes.
+
+    Args:
+        slices: routed slices of the dense FFN (`virtual_group`).
 
     Raises:
         ConfigError: options contradict each other, or groups do not divide the experts, would straddle nodes or cannot
@@ -452,7 +456,7 @@ def router_config(routing: RoutingConfig, num_experts: int, mesh: MeshSpec) -> R
     """
     nodes = mesh.nodes_per_ep_group
     options = {field.name: _plain(getattr(routing, field.name)) for field in fields(RouterConfig)}
-    options["groups"], options["top_groups"] = _resolved_groups(routing, nodes)
+    options["groups"], options["top_groups"] = _resolved_groups(routing, nodes, slices)
     if routing.capacity_factor is None:
         options["drop"] = "none"
     router = RouterConfig(**options)
@@ -548,15 +552,18 @@ def check_nodes(config: Config, mesh: MeshSpec) -> None:
         )  # fmt: skip
 
 
-def _resolved_groups(routing: RoutingConfig, nodes: int) -> tuple[int, int]:
+def _resolved_groups(routing: RoutingConfig, nodes: int, slices: int) -> tuple[int, int]:
     """(groups, top_groups) of an EP group that spans `nodes` nodes."""
     limit = routing.max_nodes
+    if routing.even_groups and limit is not None:
+        rule = "limits a token to some groups, and routing.even_groups=true lets it choose experts of every group"
+        raise ConfigError("routing.max_nodes", limit, rule, "Use null, or routing.even_groups=false")
     if limit is not None and routing.groups == "auto" and limit > nodes:
         raise ConfigError(
             "routing.max_nodes", limit, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
             f"Use at most {nodes}, or let the EP group span more nodes (mesh, mesh.ep)",
         )  # fmt: skip
-    groups = int_or_auto("routing.groups", routing.groups, nodes if limit else 1)
+    groups = int_or_auto("routing.groups", routing.groups, slices if routing.even_groups else nodes if limit else 1)
     if routing.top_groups is not None:
         return groups, routing.top_groups
     if limit is not None and limit > groups:

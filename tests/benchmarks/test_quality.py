@@ -263,7 +263,7 @@ def test_only_arms_of_one_parent_are_paired(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     half = 12.706 * math.sqrt(0.02 / 2)  # t of one degree of freedom; the variance of -0.1 and -0.3 is 0.02
     assert f"| copies - dense | -0.2000 ({-0.2 - half:+.4f} to {-0.2 + half:+.4f}) |" in printed
-    assert "quality: 162 of 168 units are missing" in printed and "real: 4 of 6 units are missing" in printed
+    assert "quality: 162 of 168 units are missing" in printed and "real: 6 of 8 units are missing" in printed
     assert "| 135m | prose | copies - dense | -0.5000 | -0.5000 | -0.1667 |  | not decided | 1 |" in printed
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -216,6 +216,7 @@ _REFUSED = [
         "experts.shared_routed=True makes the router weigh the shared expert",
     ),
     ("llama", ["routing.groups=2", "routing.top_groups=1"], "routing.top_groups=1 limits a token to some of 2 groups"),
+    ("llama", ["routing.groups=2", "routing.even_groups=true"], "routing.even_groups=True lets a token choose as many experts of every group"),
     ("olmo2", ["experts.layers=1:"], "experts.layers=all but [0] leaves layers dense"),
     ("deepseek_v3", ["experts.layers=::2", "routing.score=sigmoid"], "experts.layers=all but [1] leaves layers dense that are not the first ones"),
     ("deepseek_v3", ["routing.score=sigmoid", "routing.groups=2", "routing.top_groups=1", "routing.group_score=max"], "routing.group_score=max is not top2"),

@@ -189,6 +189,15 @@ def test_balanced_is_exactly_even_and_keeps_the_group_limit(
         assert opened == wanted
 
 
+@pytest.mark.parametrize("workload", ["balanced", "zipf", "hot"])
+def test_workloads_choose_as_many_experts_of_every_group(workload: str) -> None:
+    layer = router(workload=workload, num_experts=16, top_k=8, groups=4, top_groups=4, even_groups=True)
+    ids = ids_of(layer, 64)
+    assert {tuple(sorted(i // 4 for i in row)) for row in ids} == {(0, 0, 1, 1, 2, 2, 3, 3)}
+    assert all(len(set(row)) == 8 for row in ids)
+    assert workload != "balanced" or load(ids, 16) == [32] * 16
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 7, 13])
 def test_balanced_differs_by_one_at_most_where_it_cannot_be_even(num_tokens: int) -> None:
     counts = load(ids_of(router(workload="balanced", top_k=3), num_tokens))

@@ -59,6 +59,9 @@ def reference(layer: Router, x: list[float]) -> dict[int, float]:
     ranked = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:best]))
     candidates = [e for group in ranked[: layer.config.top_groups] for e in group]
     chosen = sorted(candidates, key=lambda e: -choice[e])[: layer.config.top_k]
+    if layer.config.even_groups:
+        each = layer.config.top_k // layer.config.groups
+        chosen = [e for group in groups for e in sorted(group, key=lambda e: -choice[e])[:each]]
     if layer.config.score == "softmax_after_topk":
         scores = [math.exp(z) for z in logits]
     if layer.config.score == "sigmoid_after_topk":
@@ -95,6 +98,21 @@ def test_equals_the_slow_reference(
         assert {e for e in range(EXPERTS) if row[e]} == set(wanted)
         for expert, value in wanted.items():
             assert row[expert].item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_after_topk"])
+def test_as_many_experts_of_every_group(score: str, groups: int) -> None:
+    layer = router(spread=0.3, score=score, groups=groups, top_groups=groups, top_k=4, even_groups=True, dtype=torch.float64)
+    x = tokens(24, dtype=torch.float64)
+    weights, ids = layer(x)
+    for row, token in zip(by_id(weights, ids), x.tolist(), strict=True):
+        wanted = reference(layer, token)
+        assert {e: row[e].item() for e in range(EXPERTS) if row[e]} == pytest.approx(wanted, rel=1e-12)
+    weights.square().sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().max() > 0
+    free = router(spread=0.3, score=score, groups=groups, top_groups=groups, top_k=4, dtype=torch.float64)
+    assert not torch.equal(free(x)[1].sort().values, ids.sort().values)
 
 
 def test_group_scores_choose_differently() -> None:

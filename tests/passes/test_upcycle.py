@@ -49,6 +49,9 @@ INITS = {
     "virtual groups and three shared slices": virtual_group(4, 3, 4, 2),
     "slices of one hidden unit": virtual_group(16, 4, 2, 1),
     "virtual groups within routing groups": [*virtual_group(4, 0, 4, 1), "routing.groups=2", "routing.top_groups=1"],
+    "one expert of each slice": [*virtual_group(4, 0, 3, 1), "routing.even_groups=true"],
+    "two of each slice, beside a shared one": [*virtual_group(4, 1, 3, 2), "routing.even_groups=true"],
+    "copies in even groups": [*COPY4, "routing.groups=2", "routing.even_groups=true"],
     "granularity 1": virtual_group(1, 0, 4, 2),
     "copy beside a gated shared expert": [*COPY4, "experts.num_shared=1", "experts.shared_gate=true"],
     "a latent width as wide as the model": [*COPY4, "experts.latent_size=8"],
@@ -134,6 +137,18 @@ def test_tokens_choose_virtual_groups_whole() -> None:
     for row in ids.tolist():
         copies = [i // 4 for i in row]
         assert sorted(copies) == sorted([copies[0]] * 4 + [next(c for c in copies if c != copies[0])] * 4)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_one_expert_of_each_slice_keeps_the_dense_ffn_whatever_the_router_learns(even: bool) -> None:
+    """Copies of a slice are equal until experts are trained: then any one of each slice makes up the FFN, and no other set."""
+    model, x = Gated(bias=True).to(F64), tokens(64, dtype=F64)
+    compiled = transformed(model, [*virtual_group(4, 0, 3, 1), f"routing.even_groups={even}"]).eval()
+    with torch.no_grad():
+        compiled.router.weight.normal_(0.0, 1e-3, generator=torch.Generator().manual_seed(0))
+    assert (max_diff(compiled(x), model(x)) < 1e-2 * model(x).abs().max()) == even
+    _, ids = compiled.router(x)
+    assert even == all(sorted(i // 3 for i in row) == [0, 1, 2, 3] for row in ids.tolist())
 
 
 def test_a_shared_expert_beside_copies_starts_silent_and_can_learn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from math import comb
 
 import numpy as np
@@ -148,6 +149,20 @@ def random_case(rng: np.random.Generator) -> tuple[MeshSpec, ExpertPlacement, Ro
         ExpertPlacement(num_experts=num_experts, ep=ep),
         routing(top_k, groups, top_groups),
     )
+
+
+@pytest.mark.parametrize("order", [(), tuple(range(0, 16, 2)) + tuple(range(1, 16, 2))])
+def test_as_many_experts_of_every_group_by_enumeration(order: tuple[int, ...]) -> None:
+    """One of each group of four: the ranks that all 4 ** 4 choices reach, counted."""
+    spec, placement = mesh(2, 2), ExpertPlacement(num_experts=16, ep=4, nodes=2, order=order)
+    router = dataclasses.replace(routing(4, 4, 4), even_groups=True)
+    position = {expert: i for i, expert in enumerate(order or range(16))}
+    choices = [[4 * g + e for g, e in enumerate(each)] for each in itertools.product(range(4), repeat=4)]
+    reached = [{position[e] // 4 for e in choice} for choice in choices]
+    dedup = copies_per_token("dedup", placement, router, spec)
+    assert dedup.own == pytest.approx(sum(map(len, reached)) / len(choices) / 4)
+    across = copies_per_token("hierarchical", placement, router, spec).inter_node
+    assert across == pytest.approx(sum(len({r // 2 for r in ranks}) for ranks in reached) / len(choices) / 2)
 
 
 @pytest.mark.parametrize("seed", range(24))

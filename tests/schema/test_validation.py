@@ -166,6 +166,41 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         [*FOUR_NODES, "routing.groups=4", "routing.top_groups=4", "routing.max_nodes=1"],
         "routing.top_groups=4: lets a token reach 4 nodes, but routing.max_nodes=1. Use routing.top_groups=1.",
     ),
+    "even groups of one": (
+        ["routing.even_groups=true"],
+        "routing.groups=1: is no division of the experts, and routing.even_groups=true lets a token choose as many "
+        "experts of every group. Use a divisor of them, or routing.even_groups=false.",
+    ),
+    "even groups and some closed": (
+        ["routing.even_groups=true", "routing.groups=2", "routing.top_groups=1"],
+        "routing.top_groups=1: closes some groups, and routing.even_groups=true lets a token choose as many experts of "
+        "every group. Use 2, or routing.even_groups=false.",
+    ),
+    "experts that even groups do not share out": (
+        ["routing.even_groups=true", "routing.groups=2", "routing.top_k=3"],
+        "routing.top_k=3: is not a multiple of routing.groups=2, and routing.even_groups=true lets a token choose as "
+        "many experts of every group. Use 4, or routing.even_groups=false.",
+    ),
+    "even groups and a hash": (
+        ["routing.even_groups=true", "routing.groups=2", "routing.choice=hash"],
+        "routing.choice=hash: leaves no choice to the token, and routing.even_groups=true lets a token choose as many "
+        "experts of every group. Use token, or routing.even_groups=false.",
+    ),
+    "even groups that are no slices": (
+        [*SLICES, "experts.num_routed=16", "routing.top_k=4", "routing.groups=2", "routing.even_groups=true"],
+        "routing.groups=2: must be the number of routed slices, 4: with routing.even_groups=true a group is one slice. "
+        "Use 4, or auto.",
+    ),
+    "even groups on few nodes": (
+        [*TWO_NODES, "routing.even_groups=true", "routing.max_nodes=1"],
+        "routing.max_nodes=1: limits a token to some groups, and routing.even_groups=true lets it choose experts of "
+        "every group. Use null, or routing.even_groups=false.",
+    ),
+    "quantiles in even groups": (
+        ["routing.groups=2", "routing.even_groups=true", "balance.rule=quantile"],
+        "balance.rule=quantile: compares all of a token's experts, and routing.even_groups=true lets those of a group "
+        "compete. Use balance.rule=bias, or routing.even_groups=false.",
+    ),
     # router
     "capacity": (
         ["routing.capacity_factor=0"],

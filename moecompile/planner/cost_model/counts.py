@@ -334,7 +334,7 @@ def dispatch_bytes(ffn: Experts, hidden: int, layout: Layout, machine: Machine, 
         return Wire(intra=etp, messages=4.0 if etp else 0.0)
     nodes, within = domains(layout.ep, layout.etp, machine.domain)
     kind = SENT_AS.get(software.dispatcher, software.dispatcher)
-    copies = even_copies(kind, ffn.experts, (ffn.top_k, ffn.groups, ffn.top_groups), nodes, within)
+    copies = even_copies(kind, ffn.experts, (ffn.top_k, ffn.groups, ffn.top_groups, ffn.even_groups), nodes, within)
     per_copy = own * row * (2 + again) * (software.row_bits / 8 + BF16)
     return Wire(intra=copies.intra_node * per_copy + etp, inter=copies.inter_node * per_copy, messages=4 + 2 * again)
 

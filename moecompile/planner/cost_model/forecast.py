@@ -401,7 +401,7 @@ def loads_of(plan: Plan, config: Config, ep: int) -> list[Load]:
     if not plan.layers:
         return []
     layer, skew = plan.layers[0], config.routing.skew
-    top_k, _, _ = routed(layer)
+    top_k, *_ = routed(layer)
     loads = [synthetic(kind, layer.experts.num_routed, ep, top_k, skew) for kind in ("balanced", "zipf", "hot")]
     if config.workload.load is not None:
         experts = [each.experts.num_routed for each in plan.layers]
