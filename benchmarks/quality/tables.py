@@ -37,8 +37,8 @@ from quality.study import ARMS, DOMAINS, LEAST_ROUNDING, ROUNDED_ON_THE_WIRE, RO
 Results = Mapping[Unit, Mapping[str, Any]]
 ASSETS = study.REPOSITORY / "docs" / "assets" / "quality"
 PAIRS = [(arm, "dense") for arm in ARMS if arm != "dense"] + [
-    ("virtual", "copies"), ("drop", "copies"), ("even", "copies"), ("widened", "moe"), ("copies", "scratch"), ("widened", "scratch"),
-    ("scratch", "dense_scratch"),
+    ("virtual", "copies"), ("drop", "copies"), ("even", "copies"),
+    ("widened", "moe"), ("copies", "scratch"), ("widened", "scratch"), ("scratch", "dense_scratch"),
 ]  # fmt: skip
 """(arm, other)."""
 FAMILY = [(arm, "dense") for arm in ARMS if arm not in ("dense", *study.DECLARED_LATER)]

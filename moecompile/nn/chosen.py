@@ -28,7 +28,8 @@ def best_of_each_group(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     by_group_TGe = choice_TE.unflatten(1, (config.groups, -1))
     within_TGk = by_group_TGe.topk(config.top_k // config.groups, dim=-1, sorted=False).indices
     first_G1 = torch.arange(config.groups, device=choice_TE.device).unsqueeze(1) * by_group_TGe.shape[2]
-    return (within_TGk + first_G1).flatten(1)
+    ids_TK: Tensor = (within_TGk + first_G1).flatten(1)
+    return ids_TK
 
 
 def kept_within(

@@ -1,7 +1,7 @@
 """The router: chooses the experts of each token and their routing weights.
 
-    jitter -> norm -> logits + bias -> score -> correction bias -> group limit -> top-k (of all, or of each group) -> normalise -> scale
-    -> scale of the expert -> capacity
+    jitter -> norm -> logits + bias -> score -> correction bias -> group limit -> top-k, or that of each group
+    -> normalise -> scale -> scale of the expert -> capacity
 
 Legend: T tokens, D model dim, E experts, K top-k, G groups.
 """

@@ -12,7 +12,7 @@ from typing import Any
 from moecompile.plan import ExpertsSite, Plan
 from moecompile.report.text import plural
 from moecompile.routing import AUTO_LOSSES, LOAD_LOSSES
-from moecompile.schema import Config, is_open
+from moecompile.schema import Config, is_open, virtual_group
 
 COLLAPSED = 0.8
 """Share of the largest possible MaxVio from which on a layer's routing counts as collapsed."""
@@ -38,8 +38,15 @@ def status_of(fields: Mapping[str, Any]) -> str:
 
 def early_warnings(config: Config) -> list[str]:
     """What is known before the first step."""
-    rate = config.optimizer.lr
-    return [f"optimizer.lr={rate:g}: no weight will change. Set a rate, such as optimizer.lr=3e-4"] if rate == 0 else []
+    rate, experts, routing = config.optimizer.lr, config.experts, config.routing
+    said = [f"optimizer.lr={rate:g}: no weight will change. Set a rate, such as optimizer.lr=3e-4"] if rate == 0 else []
+    slices = virtual_group(experts.init, experts.granularity, experts.num_shared)
+    is_trained = config.model.pretrained is not None or config.model.package is not None
+    if is_trained and 1 < slices < experts.num_routed and not routing.even_groups:
+        rule = "a trained router may give a token two copies of one slice of its FFN and none of another"
+        fix = "a pretrained model loses much by that: try routing.even_groups=true, which keeps one of each"
+        said.append(f"experts.init={experts.init.value}: {rule}, and {fix}")
+    return said
 
 
 def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[str]:

