@@ -104,6 +104,7 @@ def test_a_layer_holds_what_the_config_says() -> None:
         "top_k": 3, "score": "sigmoid", "normalize": True, "scale": 2.5, "groups": 4, "top_groups": 1,
         "group_score": "topk_over_m", "choice": "token", "bias": False, "capacity_factor": None, "drop": "none",
         "jitter": 0.0, "workload": "none", "skew": 1.0, "hot_experts": 1, "norm": False, "expert_scale": False,
+        "even_groups": False,
     }  # fmt: skip
     assert vars(layer.balance) == {
         "rule": "bias", "rate": 0.01, "update": "sign", "micro_batch": 0.0, "sequence": 0.0, "global_batch": 0.0, "z": 0.0,
