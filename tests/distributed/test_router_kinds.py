@@ -40,7 +40,8 @@ KINDS = {
     ],
     "expert choice": ["routing.choice=expert", "routing.normalize=false", "routing.allow_future=true"],
     "as many of each group": [
-        "routing.top_k=4", "routing.groups=2", "routing.even_groups=true", "balance.rule=bias", "balance.rate=0.1",
+        "routing.top_k=4", "routing.groups=2", "routing.even_groups=true", "routing.capacity_factor=0.6",
+        "balance.rule=bias", "balance.rate=0.1",
     ],
     "hot": ["routing.workload=hot", "routing.capacity_factor=1.0"],
 }  # fmt: skip
