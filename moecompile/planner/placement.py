@@ -22,6 +22,8 @@ Algorithm:
      the fullest rank lighter. So the result is never worse than that of step 2.
   4. Few experts are packed from other starts too, drawn at random but always the same, unless no rank could be
      lighter.
+  5. Where the fullest rank is no lighter than in the order of ids, that stays. With even groups, ranks that hold whole
+     groups have equally many rows at every step, not only on average.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ FILE, KEY, FORMAT = "placement.yaml", "mesh.placement", 1
 _AGAIN = "Make it again with task=place"
 _WAYS = 1000  # ways from groups to nodes that are tried
 _EXACT = 16  # experts of two ranks that are shared by trying all halves
-_STARTS, _CLOSE = 30, 1e-3
+_STARTS, _CLOSE, _NONE = 30, 1e-3, 1e-6
 _FEW = 32  # items that are packed from other starts too
 _Bins = list[list[int]]
 _Weights = NDArray[np.float64]
@@ -223,6 +225,9 @@ def place_experts(loads: Sequence[float], ep: int, nodes: int = 1, groups: int =
         if all(on_a_node(tuple(chosen))[1] < least for chosen in heaviest_first):
             best = [held for chosen in way for held in on_a_node(tuple(chosen))[0]]
             least = max(on_a_node(tuple(chosen))[1] for chosen in way)
+    ids = np.arange(len(weights)).reshape(ep, -1).tolist()
+    if least >= fullest_of(weights, ids) * (1 - _NONE):  # Step 5
+        best = ids
     return tuple(expert for held in best for expert in sorted(held))
 
 

@@ -103,6 +103,17 @@ def test_one_rank_and_the_order_of_ids_need_no_order(tmp_path: Path) -> None:
     assert planned(f"mesh.placement={tmp_path}/same.yaml") == plan
 
 
+def test_ranks_that_are_even_already_stay() -> None:
+    """Ranks that hold whole groups, of which a token takes equally many: other ranks would be so on average only."""
+    groups = [[9, 1], [7, 3], [6, 4], [8, 2], [5, 5], [10, 0], [4, 6], [3, 7]]
+    (placed,) = make_placement(planned_16(), [[rows for group in groups for rows in group]], 4, 1)
+    assert placed.order == () and placed.after == 1
+
+
+def planned_16() -> Plan:
+    return build_plan(SITES[:1], compose_config(["recipe=mixtral_ep", "experts.num_routed=16"]), FACTS)
+
+
 def test_groups_stay_on_a_node(tmp_path: Path) -> None:
     mesh = ["recipe=mixtral_ep", "mesh=cpu_2x2", "routing.groups=4", "routing.top_groups=2"]
     plan = build_plan(SITES, compose_config(mesh), FACTS)

@@ -39,6 +39,7 @@ from moecompile.stages import Pipeline, in_words
 #        balanced   the same for all
 #        zipf       Gumbel top-k with weights 1 / (i + 1) ** skew, drawn for `_TOKENS` tokens
 #        hot        every other token takes one expert, the rest is uniform              (ops/workload.py has both)
+#    With even groups the same within each group, of which every token takes as many.
 #    The fullest rank over the mean of each draw -> median and 99th percentile.                       -> `synthetic`
 # 2. Measured: of every layer at every logged step of `load.npz`, rows per expert summed over each rank's experts. A
 #    `metrics.csv` alone has the fullest expert of each layer, which is an upper bound for a rank.     -> `measured`
@@ -57,13 +58,24 @@ class Load:
 
 
 @cache
-def synthetic(kind: str, experts: int, ep: int, top_k: int, skew: float = 1.0) -> Load:
-    """The imbalance of a synthetic workload (step 1); `kind` is balanced, zipf or hot."""
+def synthetic(
+    kind: str, experts: int, ep: int, top_k: int, skew: float = 1.0, groups: int = 1, order: Sequence[int] = ()
+) -> Load:
+    """The imbalance of a synthetic workload (step 1); `kind` is balanced, zipf or hot.
+
+    Args:
+        groups: even groups. order: the expert at each position; empty: in the order of ids.
+    """
     if kind == "balanced" or ep == 1:
         return Load(name=kind, p50=1.0, p99=1.0)
     generator = np.random.default_rng(0)
-    rows = _zipf(generator, experts, top_k, skew) if kind == "zipf" else _hot(experts, top_k)
-    draws = [_fullest(generator.permutation(rows), ep) for _ in range(_DRAWS)]
+    if groups > 1:
+        drawn = _zipf_of_groups if kind == "zipf" else _hot_of_groups
+        held = list(order or range(experts))
+        draws = [_fullest(rows[held], ep) for rows in drawn(generator, experts, top_k, groups, skew)]
+    else:  # any expert may be the popular one, so the order does not matter
+        rows = _zipf(generator, experts, top_k, skew) if kind == "zipf" else _hot(experts, top_k)
+        draws = [_fullest(generator.permutation(rows), ep) for _ in range(_DRAWS)]
     return _load(kind, draws)
 
 
@@ -114,6 +126,27 @@ def _hot(experts: int, top_k: int) -> NDArray[np.float64]:
     rows = np.full(experts, others)
     rows[0] = 0.5
     return rows
+
+
+def _zipf_of_groups(
+    generator: np.random.Generator, experts: int, top_k: int, groups: int, skew: float
+) -> Iterator[NDArray[np.float64]]:
+    noise, popularity = generator.gumbel(size=(_TOKENS, experts)), skew * np.log(np.arange(experts) + 1)
+    for _ in range(_DRAWS):
+        scores = (noise - generator.permutation(popularity)).reshape(_TOKENS, groups, -1)
+        least = np.partition(scores, -(top_k // groups), axis=2)[..., -(top_k // groups), None]
+        yield (scores >= least).sum(0).ravel().astype(np.float64)
+
+
+def _hot_of_groups(
+    generator: np.random.Generator, experts: int, top_k: int, groups: int, _skew: float
+) -> Iterator[NDArray[np.float64]]:
+    size, share = experts // groups, 0.5 if top_k < experts else 1.0
+    for hot in generator.integers(experts, size=_DRAWS):
+        rows = np.full((groups, size), top_k / experts)
+        rows[hot // size] = (top_k / groups - share) / max(1, size - 1)
+        rows[hot // size, hot % size] = share
+        yield rows.ravel()
 
 
 def _rows(
@@ -401,8 +434,11 @@ def loads_of(plan: Plan, config: Config, ep: int) -> list[Load]:
     if not plan.layers:
         return []
     layer, skew = plan.layers[0], config.routing.skew
-    top_k, *_ = routed(layer)
-    loads = [synthetic(kind, layer.experts.num_routed, ep, top_k, skew) for kind in ("balanced", "zipf", "hot")]
+    top_k, groups, _, even = routed(layer)
+    of_groups = (groups, layer.placement.order) if even else ()
+    loads = [
+        synthetic(kind, layer.experts.num_routed, ep, top_k, skew, *of_groups) for kind in ("balanced", "zipf", "hot")
+    ]
     if config.workload.load is not None:
         experts = [each.experts.num_routed for each in plan.layers]
         identity = [each.experts.num_identity for each in plan.layers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moecompile.errors import ConfigError
@@ -52,3 +53,19 @@ def test_synthetic() -> None:
     zipf = synthetic("zipf", 64, 8, 6)
     assert 1 < zipf.p50 < zipf.p99 <= 8
     assert synthetic("zipf", 64, 8, 6, skew=2.0).p50 > zipf.p50
+
+
+def test_synthetic_loads_of_even_groups() -> None:
+    for kind in ("zipf", "hot"):
+        assert synthetic(kind, 16, 4, 4, groups=4).p99 == synthetic(kind, 16, 2, 8, groups=4).p99 == 1  # whole
+        assert synthetic(kind, 4, 4, 4, groups=4).p99 == synthetic(kind, 8, 8, 8, groups=2).p99 == 1  # no choice
+        assert synthetic(kind, 8, 2, 2, groups=2, order=(0, 4, 1, 5, 2, 6, 3, 7)).p50 > 1.01
+    hot = synthetic("hot", 8, 4, 2, groups=2)
+    # A group of four experts on two ranks has a row of each token: the hot expert 1/2, the others 1/6; mean of a rank 1/2.
+    assert (hot.p50, hot.p99) == pytest.approx((4 / 3, 4 / 3))
+    # One of each pair, each on a rank of its own: of experts as popular as 1 / (i + 1) and 1 / (j + 1), i takes
+    # (j + 1) / (i + j + 2).
+    rng = np.random.default_rng(7)
+    ranks = [rng.permutation(8).reshape(4, 2) + 1 for _ in range(4000)]
+    shares = [(pairs.max(1) / pairs.sum(1)).max() * 2 for pairs in ranks]
+    assert synthetic("zipf", 8, 8, 4, groups=4).p50 == pytest.approx(float(np.median(shares)), rel=0.05)
