@@ -136,6 +136,12 @@ class ExpertPlacement:
         held = slice(ep_rank * self.experts_per_rank, (ep_rank + 1) * self.experts_per_rank)
         return (self.order or range(self.num_experts))[held]
 
+    def has_whole(self, groups: int) -> bool:
+        """Whether each rank holds all experts of its groups, of `groups` consecutive ones."""
+        size = self.num_experts // groups
+        held = ({expert // size for expert in self.experts_of(rank)} for rank in range(self.ep))
+        return all(len(of_rank) * size == self.experts_per_rank for of_rank in held)
+
 
 # -- how FSDP cuts a stack of experts over the ranks that hold the same experts -------------------------------------
 #

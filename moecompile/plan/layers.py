@@ -76,6 +76,12 @@ class LayerPlan:
         return (*own, *(value for name, value in vars(self.site).items() if name not in ("fqn", "index")))
 
     @property
+    def is_even(self) -> bool:
+        """Whether all ranks compute equally many rows, whatever the router does."""
+        routing = self.routing
+        return routing.choice == "expert" or (routing.even_groups and self.placement.has_whole(routing.groups))
+
+    @property
     def row_site(self) -> PlannedSite:
         """The site with the width of a row of a routed expert as d_model, the latent width if there is one."""
         latent = self.experts.latent_size

@@ -6,7 +6,8 @@ D, F: widths of the model and of an expert; n: linears before the activation; P:
 2. A loan sends an expert there and its gradient back, 2 P b bytes, on one link. Its price is the number of rows that
    are computed in that time, rounded up.                                                              -> `_loan_rows`
 3. Lending can pay if a loan costs fewer rows than a rank computes on average. No loan moves more rows than that, or the
-   borrower would have more than the mean. `auto` lends if this holds for the cheapest link of an EP group.
+   borrower would have more than the mean. `auto` lends if this holds for the cheapest link of an EP group, but not
+   where each rank holds whole even groups: all have equally many rows.
 4. Weights of borrowed experts are kept until backward, in all layers (in one at a time with checkpointing=full), and
    their gradients in one layer at a time.                                                             -> `lending`
 In each micro-batch, moecompile.ops.lending decides with these prices.
@@ -70,7 +71,8 @@ def plan_lending(
     near, far = _loan_rows(config, mesh, site, d_expert, number_bytes)
     rows = mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE) * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
-    if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows):
+    is_even = routing.even_groups and config.mesh.placement is None and placement.has_whole(routing.groups)
+    if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows or is_even):
         return DispatchPlan(kind=kind)
     return DispatchPlan(kind=kind, balance="lend", slots=number, loan_rows=near, far_loan_rows=far)
 

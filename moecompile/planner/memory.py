@@ -907,7 +907,7 @@ def rows_per_token(layer: LayerPlan, run: RunFacts) -> float:
 
 def row_load(layer: LayerPlan, run: RunFacts) -> float:
     """Rows of the fullest rank over their mean, at most those of all ranks, or what the capacity lets through."""
-    if layer.routing.choice == "expert":
+    if layer.is_even:
         return 1.0
     most = layer.experts.num_routed / layer.placement.experts_per_rank
     return max(1.0, min(run.row_load, most, layer.routing.capacity_factor or most))

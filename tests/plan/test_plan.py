@@ -25,6 +25,12 @@ def test_every_expert_is_placed_once(num_experts: int, ep: int) -> None:
     assert all(expert in placement.experts_of(placement.rank_of(expert)) for expert in placed)
 
 
+def test_ranks_that_hold_whole_groups() -> None:
+    assert [ExpertPlacement(num_experts=8, ep=ep).has_whole(4) for ep in (1, 2, 4, 8)] == [True, True, True, False]
+    assert ExpertPlacement(num_experts=8, ep=2, order=(6, 7, 0, 1, 2, 3, 4, 5)).has_whole(4)
+    assert not ExpertPlacement(num_experts=8, ep=2, order=(0, 2, 1, 4, 3, 5, 6, 7)).has_whole(4)
+
+
 def test_exchanges_of_each_dispatch() -> None:
     assert {kind: DispatchPlan(kind=kind).exchanges for kind in KINDS} == {
         "local": (),

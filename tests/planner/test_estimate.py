@@ -167,9 +167,10 @@ def test_rows_of_a_fuller_rank_take_more_up_to_the_capacity() -> None:
     found = estimate([layer(4, "flat")], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9, expected=expected)
     assert found.memory_bytes_uneven == total(2)
     assert (found.expected_load, found.expected_from) == (2.0, "a guess")
-    choosing = replace(layer(4, "flat"), routing=replace(layer().routing, choice="expert"))
-    made = estimate([choosing], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9, expected=expected)
-    assert made.memory_bytes_uneven == made.memory_bytes_per_rank.total
+    for even in ({"choice": "expert"}, {"top_k": 4, "groups": 4, "top_groups": 4, "even_groups": True}):
+        planned = replace(layer(4, "flat"), routing=replace(layer().routing, **even))
+        made = estimate([planned], FOUR_RANKS, FACTS, RUN, memory_bytes=1e9, expected=expected)
+        assert made.memory_bytes_uneven == made.memory_bytes_per_rank.total
 
 
 def test_layers_that_are_computed_again_keep_their_inputs_and_what_was_received() -> None:

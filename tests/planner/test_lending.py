@@ -64,6 +64,9 @@ def test_auto_lends_where_a_loan_can_pay() -> None:
     far = ("mesh.num_nodes=2", "mesh.ranks_per_node=1", "hardware.inter_node_gb_s=0.01")
     assert dispatch(auto, *far).balance == "none"
     assert dispatch(auto, "mesh.num_nodes=2", "hardware.inter_node_gb_s=0.01").balance == "lend"  # within nodes
+    even = (auto, "routing.even_groups=true", "routing.groups=2")
+    assert dispatch(*even).balance == "none"  # each rank has a group
+    assert dispatch(*even, "mesh.ranks_per_node=4").balance == "lend"  # half of one
 
 
 def test_experts_that_cannot_be_lent_are_not_by_auto() -> None:
