@@ -45,7 +45,8 @@ def early_warnings(config: Config) -> list[str]:
     if is_trained and 1 < slices < experts.num_routed and not routing.even_groups:
         rule = "a trained router may give a token two copies of one slice of its FFN and none of another"
         fix = "a pretrained model loses much by that: try routing.even_groups=true, which keeps one of each"
-        said.append(f"experts.init={experts.init.value}: {rule}, and {fix}")
+        cost = "that is exported with export.format=native alone: no model of transformers has it"
+        said.append(f"experts.init={experts.init.value}: {rule}, and {fix}; {cost}")
     return said
 
 
