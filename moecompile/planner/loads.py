@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, NO_EXPERT, LoadHistory
+from moecompile.metrics_table import METRICS, read_rows
 from moecompile.plan import Plan
 
-_METRICS, _PREFIX = "metrics.csv", "load/"
+_PREFIX = "load/"
 _Steps = list[NDArray[np.float64]]  # one array per logged step
 
 
@@ -64,9 +64,9 @@ def read_loads(path: Path, key: str) -> dict[str, _Steps]:
     """
     history = path / LOAD_HISTORY if path.is_dir() else path
     if path.is_dir() and not history.is_file():
-        history = path / _METRICS
+        history = path / METRICS
     if not history.is_file():
-        rule = f"is neither a run directory with {LOAD_HISTORY} or {_METRICS}, nor one of these files"
+        rule = f"is neither a run directory with {LOAD_HISTORY} or {METRICS}, nor one of these files"
         raise ConfigError(key, path, rule, "Give a run that has trained")
     try:
         by_name = _metrics(history) if history.suffix == ".csv" else _history(history)
@@ -86,14 +86,13 @@ def _history(path: Path) -> dict[str, _Steps]:
 
 
 def _metrics(path: Path) -> dict[str, _Steps]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     columns: dict[str, list[str]] = {}
-    for name in rows[0] if rows else ():
+    for name in dict.fromkeys(name for row in rows for name in row):
         if name.startswith(_PREFIX):
             columns.setdefault(name.removeprefix(_PREFIX).rpartition("/")[0], []).append(name)
     return {
-        layer: [np.array([float(row[name]) for name in sorted(names, key=_expert)]) for row in rows if row[names[0]]]
+        layer: [np.array([row[name] for name in sorted(names, key=_expert)]) for row in rows if names[0] in row]
         for layer, names in columns.items()
     }
 

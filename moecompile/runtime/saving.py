@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from moecompile.atomic import replacing
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, settings
 from moecompile.checkpoint.fit import plan_differences, refuse
@@ -24,6 +24,7 @@ from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
 from moecompile.kept_groups import cpu_group
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
+from moecompile.metrics_table import METRICS, read_rows
 from moecompile.plan import Plan, read
 from moecompile.runtime import signals
 from moecompile.runtime.converted import reading_of
@@ -33,7 +34,6 @@ from moecompile.runtime.strategy import groups_of
 from moecompile.schema import Config
 from moecompile.version import versions
 
-METRICS = "metrics.csv"
 
 
 class Saver(Callback):
@@ -184,18 +184,25 @@ def rows_until(folder: Path, step: int) -> list[dict[str, float]]:
     path = folder.parent.parent / METRICS
     if not path.is_file():
         return []
-    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-    found = [{name: float(value) for name, value in row.items() if value} for row in rows]
-    return [row for row in found if row["step"] <= step]
+    return [row for row in read_rows(path) if row["step"] <= step]
 
 
 def write_again(logger: CSVLogger, rows: list[dict[str, float]]) -> None:
-    """Writes earlier rows before new ones, because Lightning's logger starts with an empty file."""
-    for row in rows:
-        values: dict[str, Any] = {name: int(value) if value.is_integer() else value for name, value in row.items()}
-        logger.log_metrics(values, step=int(row["step"]))
-    if rows:
-        logger.save()
+    """Writes earlier rows before new ones. Lightning's logger removes the file as it starts, so they are on disk first.
+
+    Raises:
+        OSError: they cannot be written; the file is as it was.
+    """
+    if not rows:
+        return
+    names = sorted({name for row in rows for name in row})
+    with replacing(Path(logger.log_dir) / METRICS) as partial:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, fieldnames=names)
+            table.writeheader()
+            for row in rows:
+                table.writerow({name: int(value) if value.is_integer() else value for name, value in row.items()})
+        logger.experiment.metrics_keys = names  # the first use of `experiment` removes the file
 
 
 def _history(folder: Path, step: int) -> LoadHistory:

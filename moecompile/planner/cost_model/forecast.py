@@ -9,7 +9,6 @@ The elasticity of a step to a part is the part's share of it: with 1% less of th
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY
+from moecompile.metrics_table import read_rows
 from moecompile.plan import Plan
 from moecompile.planner.cost_model.constants import calibrated
 from moecompile.planner.cost_model.counts import count
@@ -166,14 +166,13 @@ def _rows(
 
 
 def _violations(path: Path, layers: int) -> Iterator[float]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        names = [name for name in reader.fieldnames or () if name.startswith("max_violation/")]
-        if names and len(names) != layers:
-            rule = f"is of another model: it has {len(names)} MoE layers, the plan has {layers}"
-            raise ConfigError(_PATH, str(path), rule, "Give the metrics of a run of this model")
-        for row in reader:
-            yield from (float(row[name]) for name in names if row[name])
+    rows = [{name: row[name] for name in row if name.startswith("max_violation/")} for row in read_rows(path)]
+    names = {name for row in rows for name in row}
+    if names and len(names) != layers:
+        rule = f"is of another model: it has {len(names)} MoE layers, the plan has {layers}"
+        raise ConfigError(_PATH, str(path), rule, "Give the metrics of a run of this model")
+    for row in rows:
+        yield from row.values()
 
 
 def _short(numbers: Sequence[int]) -> str:

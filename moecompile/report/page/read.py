@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from moecompile import plan as plans
 from moecompile.errors import MoecompileError
 from moecompile.libyaml import load_yaml
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
+from moecompile.metrics_table import METRICS, read_rows
 from moecompile.rundir import BASELINE, FORECAST, PROFILE, RESOLVED, RESULT
 
 _LARGE = ("load/", "node_tokens/")  # columns of metrics.csv for each expert, which load.npz has too
@@ -129,18 +129,6 @@ def _history(path: Path) -> LoadHistory | None:
 def metric_rows(folder: Path) -> tuple[Mapping[str, float], ...]:
     """The rows of a folder's metrics.csv: numbers by column, without empty cells. Empty: there is none."""
     try:
-        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            lines = csv.reader(file)
-            head = next(lines, [])
-            kept = [(i, name) for i, name in enumerate(head) if not name.startswith(_LARGE)]
-            rows = [[(name, line[i]) for i, name in kept if i < len(line)] for line in lines]
+        return tuple(read_rows(folder / METRICS, without=_LARGE))
     except OSError:
         return ()
-    return tuple({name: number for name, text in row if (number := _number(text)) is not None} for row in rows)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
