@@ -80,6 +80,15 @@ def settings(config: Config) -> dict[str, Any]:
     return {path: value for path, value in _leaves("", config) if not listed.match(path)}
 
 
+def of_training(config: Config) -> dict[str, str]:
+    """How the optimizer steps, as text by dotted path: what a dense baseline must have for all of its steps."""
+    values = {path: str(value) for path, value in _leaves("", config) if path.startswith("optimizer.")}
+    values["trainer.precision"] = config.trainer.precision.value
+    if config.optimizer.min_lr_ratio != 1:  # else the rate does not depend on where it ends
+        values["trainer.max_steps"] = str(config.trainer.max_steps)
+    return values
+
+
 @cache
 def _listed() -> re.Pattern[str]:
     """Matches the keys that are compared in another way, or not at all."""

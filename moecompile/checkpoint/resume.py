@@ -11,18 +11,20 @@ from typing import Any
 import yaml
 
 from moecompile.atomic import write_text
-from moecompile.checkpoint.fingerprint import TEXT, differences, settings
+from moecompile.checkpoint.fingerprint import TEXT, differences, of_training, settings
 from moecompile.checkpoint.fit import refuse
 from moecompile.checkpoint.folders import AUTO, PLAN, STATE, check, checkpoints_of, find, steps
 from moecompile.errors import ConfigError
 from moecompile.libyaml import load_yaml
 from moecompile.plan import Plan, read
 from moecompile.rundir import RESOLVED, output_dir, task_of
-from moecompile.schema import AdapterKind, Config, TaskName
+from moecompile.schema import AdapterKind, Baseline, Config, TaskName
 
 # -- state.json: the position of a run, and the settings that a resumed run must keep -------------------------------
 
 FORMAT = 1
+TRAINED_WITH = "trained_with"
+"""Key of `State.metrics`: what `of_training` said of each part of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,24 @@ def check_settings(state: State, config: Config, folder: Path) -> None:
     text = {TEXT: state.fingerprint[TEXT]} if TEXT in state.fingerprint else {}
     now = {path: value for path, value in settings(config).items() if path in state.fixed}
     refuse(differences({**state.fixed, **text}, {**now, **text}), config.trainer.allow_changes, folder)
+
+
+def check_baseline(state: State, config: Config, folder: Path) -> None:
+    """Checks that the steps before were trained as those to come, so that a dense model can be trained in the same way.
+
+    Raises:
+        ConfigError: they were not; checkpoints of earlier versions do not say.
+    """
+    now = of_training(config)
+    for before in state.metrics.get(TRAINED_WITH, ()) if config.trainer.baseline is not Baseline.none else ():
+        other = [f"{path}={old} ({new} here)" for path, old, new in differences(before, now)]
+        if other:
+            raise ConfigError(
+                "trainer.baseline", config.trainer.baseline.value,
+                f"steps before {folder} were trained with {', '.join(other)}; "
+                "the dense model would have one setting throughout, which is no comparison",
+                "Use trainer.baseline=none, or the settings of before",
+            )  # fmt: skip
 
 
 def not_compared(state: State, config: Config) -> list[str]:
@@ -173,7 +193,9 @@ def resumed(config: Config, run_dir: Path) -> Config:
     if folder is None:
         return config
     check(folder, [STATE, PLAN])
-    check_settings(read_state(folder), config, folder)
+    state = read_state(folder)
+    check_settings(state, config, folder)
+    check_baseline(state, config, folder)
     saved_plan = read(folder / PLAN)
     _check_adapters(saved_plan, config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))

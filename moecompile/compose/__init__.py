@@ -28,14 +28,13 @@ from moecompile.compose.hydra_state import (
     narrow_help,
     own_hydra,
 )
-from moecompile.compose.jobs import FAILURES, RunFolders, asks_debug, remove_unused, report, run_job
+from moecompile.compose.jobs import RunFolders, asks_debug, remove_unused, report, run_job
 from moecompile.compose.typed import conf_dir, explained, load_resolved, save_resolved, spelled, to_config
 from moecompile.rundir import OVERRIDES, RESOLVED
 from moecompile.schema import Config
 
 __all__ = [
     "CONFIG_DIR_VARIABLE",
-    "FAILURES",
     "OVERRIDES",
     "RESOLVED",
     "RunFolders",

@@ -21,6 +21,7 @@ from moecompile.compose.typed import plain, save_resolved, to_config, unresolved
 from moecompile.errors import ConfigError, MoecompileError, UserError
 from moecompile.named_code import load_plugins
 from moecompile.rundir import (
+    FAILURES,
     OVERRIDES,
     RESOLVED,
     contents,
@@ -32,8 +33,6 @@ from moecompile.rundir import (
     resume_hint,
 )
 from moecompile.schema import Config, validate
-
-FAILURES = "failures.txt"
 
 
 def run_job(

@@ -1,7 +1,8 @@
 """A table and a plot over the jobs of a multirun. Needs neither torch nor hydra.
 
 Algorithm:
-  1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, from a folder with the job's number as name.
+  1. Read `overrides.txt`, `resolved.yaml` and `result.json` of every job, from a folder with the job's number as name,
+     and in `failures.txt` which of them have failed.
   2. Find the overrides whose values differ between jobs: those were swept. With a group (`mesh=cpu_1,cpu_2x2`), many
      config keys differ; they are columns of `sweep.csv`.
   3. Write `sweep.csv`, print the table, draw `sweep.png`, write `report.html`.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from moecompile.libyaml import load_yaml
 from moecompile.report.baseline import over_seeds
 from moecompile.report.console import print_warnings
 from moecompile.report.text import bytes_text, seconds_text
+from moecompile.rundir import FAILURES
 
 # column of sweep.csv -> (short heading, empty for columns only in the file; path in result.json; format)
 _RESULTS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -79,7 +82,8 @@ def summarize(sweep_dir: Path) -> None:
     If two jobs or more succeeded, it also writes `sweep.png` and `report.html`.
     """
     folders = sorted((p for p in sweep_dir.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
-    jobs = [_read(folder) for folder in folders]  # Step 1
+    failed = _failed(sweep_dir / FAILURES)
+    jobs = [_read(folder, has_failed=int(folder.name) in failed) for folder in folders]  # Step 1
     swept = _differing([job.overrides for job in jobs])  # Step 2
     _write_csv(sweep_dir / "sweep.csv", jobs, _differing([job.config for job in jobs]))  # Step 3
     console = Console()
@@ -107,11 +111,18 @@ def _over_seeds(jobs: Sequence[Job], swept: Sequence[str]) -> Iterator[str]:
     for setting, group in groups.items():
         done = [job for job in group if job.status == "ok"]
         if (text := over_seeds([job.result for job in done])) is not None:
-            missing = f", {len(group) - len(done)} without result" * (len(done) < len(group))
+            rest = Counter(job.status for job in group if job.status != "ok")
+            missing = "".join(f", {count} {status}" for status, count in sorted(rest.items()))
             yield f"{setting + ': ' if setting else ''}{len(done)} seeds{missing}, mean +- 95% interval: {text}"
 
 
-def _read(folder: Path) -> Job:
+def _failed(path: Path) -> set[int]:
+    """Numbers of the jobs that an error has ended this time; what an earlier attempt has left of them is no result."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {int(number) for number, _, message in (line.split("\t", 2) for line in lines) if message}
+
+
+def _read(folder: Path, *, has_failed: bool) -> Job:
     overrides, config, result = (folder / name for name in ("overrides.txt", "resolved.yaml", "result.json"))
     loaded = load_yaml(config.read_text(encoding="utf-8")) if config.exists() else None
     lines = overrides.read_text(encoding="utf-8").splitlines() if overrides.exists() else []
@@ -119,7 +130,7 @@ def _read(folder: Path) -> Job:
         number=int(folder.name),
         overrides={key.lstrip("+"): value for key, _, value in (line.partition("=") for line in lines)},
         config=dict(_flatten(loaded or {})),
-        result=json.loads(result.read_text(encoding="utf-8")) if result.exists() else {},
+        result=json.loads(result.read_text(encoding="utf-8")) if result.exists() and not has_failed else {},
     )
 
 

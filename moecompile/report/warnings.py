@@ -20,20 +20,27 @@ DIVERGED = 0.1
 """Nats per token, and share of the first loss, by which the last one is above it when a run has diverged."""
 ROSE = 0.01
 """Share of the first validation loss by which the last one is above it when that is told."""
+SKIPPED, MOSTLY_SKIPPED = 0.01, 0.5
+"""Shares of the steps that were skipped, above which that is told, and a run has diverged."""
 _SHOWN = 3  # layers that are named
 
 
 def status_of(fields: Mapping[str, Any]) -> str:
-    """`ok`, or `diverged`: the training loss has risen, or a loss is no number.
+    """`ok`, or `diverged`: the training loss has risen, a loss is no number, or most steps were skipped.
 
     Args:
         fields: of result.json of a training run; `loss_first` and `loss_last` are None if no step was counted.
     """
     first, last, val = (fields[name] for name in ("loss_first", "loss_last", "val_loss"))
-    if any(loss is not None and not isfinite(loss) for loss in (last, val)):
+    if any(loss is not None and not isfinite(loss) for loss in (last, val)) or _skipped(fields) > MOSTLY_SKIPPED:
         return "diverged"
     risen = None not in (first, last) and last - first > max(DIVERGED, DIVERGED * abs(first))
     return "diverged" if risen else "ok"
+
+
+def _skipped(fields: Mapping[str, Any]) -> float:
+    """The share of the steps that `trainer.on_nan=skip` has skipped."""
+    return float(fields["steps_skipped"] / max(1, fields["steps"]))
 
 
 def early_warnings(config: Config) -> list[str]:
@@ -60,8 +67,15 @@ def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[
         went = f"{_nats(fields['loss_first'])} -> {_nats(fields['loss_last'])}"
         rate, warmup = config.optimizer.lr, config.optimizer.warmup_steps
         fix = f"Try optimizer.lr={rate / 10:g} (now {rate:g}), or more optimizer.warmup_steps (now {warmup})"
-        return [f"the loss diverged: {went}. {fix}"]
-    return [*early_warnings(config), *_losses(fields), *_routing(fields, plan, config)]
+        return [f"the loss diverged: {went}. {fix}", *_of_skipped(fields)]
+    return [*early_warnings(config), *_of_skipped(fields), *_losses(fields), *_routing(fields, plan, config)]
+
+
+def _of_skipped(fields: Mapping[str, Any]) -> Iterator[str]:
+    if _skipped(fields) > SKIPPED:
+        count = f"{fields['steps_skipped']:,} of {plural(fields['steps'], 'step')}"
+        fix = "With trainer.on_nan=stop the first one ends the run and says where it began"
+        yield f"{count} changed no weight: a loss or a gradient was not finite (trainer.on_nan=skip). {fix}"
 
 
 def _losses(fields: Mapping[str, Any]) -> Iterator[str]:

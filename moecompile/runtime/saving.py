@@ -10,15 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from moecompile.atomic import replacing
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.fingerprint import differences, settings
+from moecompile.checkpoint.fingerprint import differences, of_training, settings
 from moecompile.checkpoint.fit import plan_differences, refuse
 from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
-from moecompile.checkpoint.resume import State, check_settings, not_compared, read_state
+from moecompile.checkpoint.resume import TRAINED_WITH, State, check_settings, not_compared, read_state
 from moecompile.checkpoint.tensors import entries_of, forget_unused, tensors_of, written
 from moecompile.checkpoint.writer import Writer
 from moecompile.errors import ConfigError
@@ -35,22 +36,31 @@ from moecompile.schema import Config
 from moecompile.version import versions
 
 
-
 class Saver(Callback):
     """Writes a checkpoint every `trainer.save_interval` optimizer steps, and one at the end.
 
     Args:
-        metrics: their state is saved too. fingerprint: of model and data, saved too.
+        metrics: their state is saved too. fingerprint: of model and data, saved too. val_windows: sequences of a
+            validation, without which losses of two parts of a run cannot be compared.
         start: the checkpoint to resume from, with its state; None: a new run.
     """
 
     def __init__(
         self, run_dir: Path, plan: Plan, config: Config, metrics: Metrics, start: tuple[Path, State] | None,
-        fingerprint: dict[str, Any],
+        fingerprint: dict[str, Any], val_windows: int,
     ) -> None:  # fmt: skip
         self.checkpoints, self.plan, self.config, self.metrics = folders.checkpoints_of(run_dir), plan, config, metrics
         self.fingerprint = fingerprint
-        self.start, self.val_loss_first = start, None if start is None else start[1].metrics["val_loss_first"]
+        self.start, before = start, {} if start is None else start[1].metrics
+        self.val_loss_first, self.val_windows = before.get("val_loss_first"), val_windows
+        if val_windows != (others := before.get("val_windows", val_windows)):
+            self.val_loss_first = None
+            if dist.get_rank() == 0:
+                said = f"validation is of {val_windows:,} sequences here and was of {others:,}"
+                print(f"{said} (data.val_batches is per rank): the first loss is left out", flush=True)
+        self._trained_with = list(before.get(TRAINED_WITH, ()))
+        if (now := of_training(config)) not in self._trained_with:
+            self._trained_with.append(now)
         self._step = 0 if start is None else start[1].step
         self._is_saved = start is not None and start[0].parent == self.checkpoints.resolve()
         self._writer: Writer | None = None
@@ -142,7 +152,13 @@ class Saver(Callback):
             world_size=self.plan.mesh.world_size,
             plan_hash=self.plan.hash,
             versions=dict(versions()),
-            metrics={**self.metrics.tally.state(groups_of(trainer).losses), "val_loss_first": self.val_loss_first},
+            metrics={
+                **self.metrics.tally.state(groups_of(trainer).losses),
+                "val_loss_first": self.val_loss_first,
+                "val_windows": self.val_windows,
+                TRAINED_WITH: self._trained_with,
+                "early_stopping": {each.state_key: _waited(each) for each in _early_stopping(trainer)},
+            },
             fingerprint=self.fingerprint,
         )
         tensors = written(module.model, tensors_of(module.model, trainer.strategy.optimizers))
@@ -169,8 +185,21 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
     loop.batch_progress.total.ready = loop.batch_progress.total.completed = batches  # when to validate
     known = {"kinds": _kinds(read(folder / folders.PLAN)), **state.metrics}
     metrics.tally.restore(known, is_first_rank=groups_of(trainer).is_first)
+    waited = state.metrics.get("early_stopping", {})  # not in checkpoints of 0.2.0
+    for callback in _early_stopping(trainer):
+        callback.load_state_dict({**callback.state_dict(), **waited.get(callback.state_key, {})})
+        callback.best_score = torch.as_tensor(callback.best_score)
     if trainer.is_global_zero:
         metrics.history = _history(folder, state.step)
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.early_stopping_callbacks if isinstance(callback, EarlyStopping)]
+
+
+def _waited(callback: EarlyStopping) -> dict[str, float]:
+    """For how many validations a callback has waited, since which value; its patience is what the config says."""
+    return {"wait_count": callback.wait_count, "best_score": float(callback.best_score)}
 
 
 def _kinds(plan: Plan) -> list[str]:

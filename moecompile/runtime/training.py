@@ -186,14 +186,15 @@ def train(
         has_capacity=any(layer.routing.capacity_factor is not None for layer in plan.layers),
         history_path=run_dir / LOAD_HISTORY,
     )
-    meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known)
     place, accumulate, parts = mesh.batch_index(rank), accumulation_steps(config, mesh), mesh.size(Part.SEQUENCE)
+    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=parts)
+    val_windows = min(len(data.val), len(val) * config.data.micro_batch_size * mesh.num_batches)
+    meter, saver = TrafficMeter(mesh), Saver(run_dir, plan, config, metrics, start, known, val_windows)
     routes = routes_observer(model, config, run_dir, known, rank=place, accumulate=accumulate, first_step=first_step)
     acceptance = Acceptance(run_dir, first_step, partial(make_loggers, config, run_dir, folder, first_step), metrics)
     observers: list[Callback] = [acceptance, *([] if routes is None else [routes]), metrics, meter, saver]
     routed = config.routing.replay is None
     observers.append(StepProfile(plan, run_dir, max_steps, meter, routes=routed))
-    val = val_loader(data.val, config.data, rank=place, world_size=mesh.num_batches, multiple=parts)
     interval = config.trainer.sample_interval
     if interval != 0 and parts == 1 and plan.pipeline is None:  # else a rank has some logits, or some layers, alone
         prompts = [data.val.prompts(ROWS, ANSWER, data.tokenizer)] if isinstance(data.val, ChatRows) else val

@@ -638,7 +638,7 @@ class DataConfig:
     val_fraction: float = number(0.05, Real("(0, 1)", "Use 0.05"))
     """Fraction that is held out for validation: the end of a text, pieces of a corpus, or chats."""
     val_batches: int = number(0, Whole(0))
-    """Validation micro-batches per rank; 0: all."""
+    """Validation micro-batches per rank, so other ranks or micro-batches validate other text; 0: all."""
     mask_padding: MaskPadding = MaskPadding.auto
     """Whether padding is taken out of routing, losses, loads, capacity and exchanges; auto: with chats, and if the
     example that the model is compiled with has a padding mask."""

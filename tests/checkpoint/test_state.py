@@ -11,7 +11,7 @@ from torch import nn
 
 from moecompile import plan as plans
 from moecompile.checkpoint import folders
-from moecompile.checkpoint.fingerprint import settings
+from moecompile.checkpoint.fingerprint import of_training, settings
 from moecompile.checkpoint.fit import check_entries, check_plan
 from moecompile.checkpoint.resume import State, check_settings, read_state, resumed, write_state
 from moecompile.compose import compose_config
@@ -101,6 +101,34 @@ def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) 
     with pytest.raises(ConfigError, match=r"routing.max_nodes=2: the EP group spans only 1 node"):
         validate(here)
     validate(resumed(here, Path("new")))
+
+
+def test_a_dense_baseline_needs_steps_that_were_all_trained_alike(checkpoint: Path) -> None:
+    before = compose_config([*OVERRIDES, "optimizer.lr=0.01"])
+    legs = [of_training(compose_config(OVERRIDES)), of_training(before)]
+    given = [*OVERRIDES, "optimizer.lr=0.01", f"trainer.resume={checkpoint}"]
+
+    def go_on(known: list[dict[str, str]], *overrides: str) -> None:
+        write_state(checkpoint, replace(state_of(before), metrics={"trained_with": known}))
+        (checkpoint / folders.SUMS).unlink()
+        folders.seal(checkpoint)
+        resumed(compose_config([*given, *overrides]), Path("new"))
+
+    go_on(legs)
+    go_on(legs[1:], "trainer.baseline=dense")
+    go_on(legs[1:], "trainer.baseline=dense", "balance=none", "trainer.log_interval=3")
+    go_on([], "trainer.baseline=dense", "trainer.max_steps=20")  # of an earlier version
+    with pytest.raises(ConfigError) as caught:
+        go_on(legs, "trainer.baseline=dense")
+    assert str(caught.value) == (
+        f"trainer.baseline=dense: steps before {checkpoint} were trained with optimizer.lr=0.001 (0.01 here); the dense "
+        "model would have one setting throughout, which is no comparison. Use trainer.baseline=none, or the settings of "
+        "before."
+    )
+    with pytest.raises(ConfigError, match=r"were trained with trainer.max_steps=9 \(20 here\); "):
+        go_on(legs[1:], "trainer.baseline=dense", "trainer.max_steps=20")
+    constant = of_training(compose_config([*given, "optimizer.min_lr_ratio=1"]))
+    go_on([constant], "trainer.baseline=dense", "trainer.max_steps=20", "optimizer.min_lr_ratio=1")
 
 
 def test_adapters_stay(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moecompile.checkpoint import folders
+from moecompile.checkpoint.resume import read_state
 from moecompile.checkpoint.tensors import read_tensors, shapes
 from moecompile.errors import ConfigError, PlanError
 from moecompile.load_history import LoadHistory
@@ -23,6 +24,9 @@ COMMON = [
     "+model.config.attention_dropout=0.1", "routing.jitter=0.02", "balance.losses.global_batch=0.1", "balance.rate=0.01",
 ]  # fmt: skip
 EP4, EP2x2 = ["mesh=cpu_2x2"], ["mesh=cpu_2x2", "mesh.ep=2", "dispatch=flat"]
+
+
+STOP = "+trainer.callbacks.EarlyStopping={monitor: val_loss, patience: 50, min_delta: 5.0}"  # nothing improves by that
 
 
 def four_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -51,21 +55,23 @@ def refused(overrides: list[str], run_dir: Path, kind: type[Exception]) -> str:
 def two_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     root = Path(folder)
     resume = f"trainer.resume={root}/ep2x2/checkpoints/step-2"
-    return fields(run([*COMMON, "mesh=cpu_1x2", resume], root / "ep2"))
+    return fields(run([*COMMON, "mesh=cpu_1x2", "data.val_batches=2", resume], root / "ep2"))
 
 
 def one_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     root = Path(folder)
-    return fields(run([*COMMON, "mesh=cpu_1", f"trainer.resume={root}/ep2/checkpoints/step-3"], root / "one"))
+    resume = f"trainer.resume={root}/ep2/checkpoints/step-3"
+    return fields(run([*COMMON, "mesh=cpu_1", "data.val_batches=4", resume], root / "one"))
 
 
 def four_again(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     root = Path(folder)
-    back = fields(run([*COMMON, *EP4, f"trainer.resume={root}/one/checkpoints/step-4"], root / "back"))
+    same = [*COMMON, *EP4, STOP, "trainer.val_interval=1"]
+    back = fields(run([*same, f"trainer.resume={root}/one/checkpoints/step-4"], root / "back"))
     # The same directory, with more steps: appended; nothing to do: only validated.
-    more = [*COMMON, *EP4, "trainer.resume=auto", "trainer.async_save=false"]
+    more = [*same, "trainer.resume=auto", "trainer.async_save=false"]
     longer = fields(run([*more, f"trainer.max_steps={STEPS + 2}"], root / "back"))
-    finished = fields(run([*more, f"trainer.max_steps={STEPS + 2}"], root / "back"))
+    finished = fields(run([*more, f"trainer.max_steps={STEPS + 2}", "data.val_batches=2"], root / "back"))
     return {"back": back, "longer": longer, "finished": finished}
 
 
@@ -124,7 +130,13 @@ def test_reports_go_on(root: tuple[Path, dict[str, Any]]) -> None:
 def test_a_finished_run_takes_more_steps_but_not_fewer(root: tuple[Path, dict[str, Any]]) -> None:
     assert root[1]["longer"]["steps"] == root[1]["finished"]["steps"] == STEPS + 2
     assert list(losses(root[0] / "back")) == [1, 4, 6, 8]
+    # The second validates more text, with which its first loss cannot be compared.
+    assert root[1]["longer"]["val_loss_first"] == root[1]["back"]["val_loss_first"] is not None
+    assert root[1]["finished"]["val_loss_first"] is None
     checkpoints = folders.checkpoints_of(root[0] / "back")
+    # Validated after step 5, the best, and 7; what step 6 and 8 were validated with came after they were saved.
+    ((stop,),) = [read_state(checkpoints / "step-8").metrics["early_stopping"].values()]
+    assert stop["wait_count"] == 1 and 4 < stop["best_score"] < 6
     assert folders.steps(checkpoints) == [5, 6, 7, 8] and folders.latest(checkpoints) == checkpoints / "step-8"
 
 

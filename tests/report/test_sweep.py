@@ -101,11 +101,21 @@ def test_runs_that_differ_in_the_seed_have_a_mean_and_an_interval(
     said = " ".join(capsys.readouterr().out.split())
     first, second = (
         f"top_k={top_k}: 2 seeds{missing}, mean +- 95% interval: validation loss {mean:.4f} +- 6.3531 nats per token"
-        for top_k, missing, mean in ((1, ", 1 without result", 4.75), (2, "", 5.75))
+        for top_k, missing, mean in ((1, ", 1 failed", 4.75), (2, "", 5.75))
     )
     assert f"{first} {second}" in said
     page = (tmp_path / "report.html").read_text()
     assert f'<p class="big">{first}</p><p class="big">{second}</p>' in page
+
+
+def test_what_an_earlier_attempt_has_left_of_a_job_that_failed_is_no_result(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "failures.txt").write_text("10\t2\tmesh.ep=3: must divide 8.\n0\t1\t\n")  # 0 has returned a code
+    summarize(sweep)
+    with (sweep / "sweep.csv").open(newline="") as file:
+        rows = {row["job"]: (row["status"], row["loss_last"]) for row in csv.DictReader(file)}
+    assert rows["10"] == ("failed", "") and rows["0"] == ("ok", "4.5")
 
 
 def test_what_a_run_warns_of_is_in_the_table_in_the_file_and_below(

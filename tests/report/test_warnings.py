@@ -14,7 +14,7 @@ from tests.existing_models import moe_inputs, moe_model
 
 IDS = torch.zeros((2, 7), dtype=torch.int64)
 GOOD: dict[str, Any] = {
-    "loss_first": 6.2, "loss_last": 5.2, "val_loss_first": 6.2, "val_loss": 5.1, "dead_experts": {},
+    "steps": 200, "steps_skipped": 2, "loss_first": 6.2, "loss_last": 5.2, "val_loss_first": 6.2, "val_loss": 5.1, "dead_experts": {},
     "max_violation_share_last": 0.5, "max_violation_mean_last": 1.5, "max_violation_bound_mean_last": 3.0,
 }  # fmt: skip
 COLLAPSED = {"max_violation_share_last": 0.93, "max_violation_mean_last": 2.65}
@@ -45,7 +45,7 @@ def warned(architecture: str, *overrides: str, **fields: Any) -> list[str]:
     ],
 )
 def test_a_loss_that_rose_is_not_ok(first: float | None, last: float | None, val: float, status: str) -> None:
-    assert status_of({"loss_first": first, "loss_last": last, "val_loss": val}) == status
+    assert status_of({**GOOD, "loss_first": first, "loss_last": last, "val_loss": val}) == status
 
 
 def test_a_run_that_went_well_warns_of_nothing() -> None:
@@ -56,6 +56,10 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
     assert warned("mixtral", "optimizer.lr=50", loss_last=815.0, **COLLAPSED) == [
         "the loss diverged: 6.200 -> 815.000. Try optimizer.lr=5 (now 50), or more optimizer.warmup_steps (now 20)"
     ]
+    assert status_of({**GOOD, "steps_skipped": 101}) == "diverged" and status_of({**GOOD, "steps_skipped": 100}) == "ok"
+    (skipped,) = warned("mixtral", steps_skipped=20)
+    assert skipped.startswith("20 of 200 steps changed no weight: a loss or a gradient was not finite ")
+    assert len(warned("mixtral", steps_skipped=180)) == 2  # it diverged
     (rose,) = warned("mixtral", val_loss=6.4)
     assert rose.startswith("validation rose: 6.200 -> 6.400, while the training loss went 6.200 -> 5.200. ")
     assert warned("mixtral", "optimizer.lr=0") == [
