@@ -32,7 +32,24 @@ def check_plan(saved: Plan, plan: Plan, folder: Path, allowed: Sequence[str] = (
     Raises:
         PlanError: lists the entries that differ and are not in `allowed`.
     """
+    check_order(saved, plan, folder)
     refuse(plan_differences(saved, plan), allowed, folder)
+
+
+def check_order(saved: Plan, plan: Plan, folder: Path) -> None:
+    """Checks that slices of a dense FFN are in the order in which the checkpoint has them.
+
+    Raises:
+        PlanError: they are not, so that experts of a group would be slices that no token has together.
+    """
+    before = {layer.site.fqn: layer for layer in saved.layers}
+    for layer in plan.layers:
+        theirs, name = before.get(layer.site.fqn, layer).routing.even_groups, layer.site.fqn
+        if layer.experts.virtual_group > 1 and theirs != layer.routing.even_groups:
+            order = "slice by slice" if theirs else "copy by copy"
+            rule = f"the experts of {name} in the checkpoint {folder} are slices of its FFN {order}"
+            fix = f"Use {str(theirs).lower()}, or start a new run"
+            raise PlanError("routing.even_groups", str(not theirs).lower(), rule, fix)
 
 
 def refuse(differences: Iterable[tuple[str, Any, Any]], allowed: Sequence[str], folder: Path) -> None:

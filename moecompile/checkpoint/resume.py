@@ -200,9 +200,11 @@ def resumed(config: Config, run_dir: Path) -> Config:
     _check_adapters(saved_plan, config, folder)
     config = replace(config, trainer=replace(config.trainer, resume=AUTO if resume == AUTO else str(folder)))
     layers = [layer for layer in saved_plan.layers if layer.experts.init != "existing"]
-    saved = {(layer.routing.groups, layer.routing.top_groups) for layer in layers}
+    saved = {(layer.routing.groups, layer.routing.top_groups, layer.routing.even_groups) for layer in layers}
     if config.routing.groups != "auto" or len(saved) != 1:
         return config
-    groups, top_groups = saved.pop()
+    groups, top_groups, even_groups = saved.pop()
+    if even_groups != config.routing.even_groups:  # another model, of which the plan will tell
+        return config
     limit = config.routing.top_groups or (top_groups if top_groups < groups else None)
     return replace(config, routing=replace(config.routing, groups=groups, top_groups=limit))

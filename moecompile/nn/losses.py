@@ -35,6 +35,7 @@ class KeepsLosses(nn.Module):
     Args:
         num_choices: E. top_k: experts per token. score: of `FUNCTIONS`.
         balance: which losses it has, and their coefficients.
+        even_groups: groups of which a token has as many experts each; 1: of all experts.
 
     Attributes:
         positions: process group of the ranks with the other positions of a sequence.
@@ -52,9 +53,10 @@ class KeepsLosses(nn.Module):
         balance: BalanceSpec,
         device: torch.device | str | None,
         dtype: torch.dtype,
+        even_groups: int = 1,
     ) -> None:
         super().__init__()
-        self.top_k, self.score, self.losses = top_k, score, balance.losses
+        self.top_k, self.score, self.losses, self.even_groups = top_k, score, balance.losses, even_groups
         wide = torch.promote_types(dtype, torch.float32)
         even = torch.full((num_choices,), 1 / num_choices, device=device, dtype=wide)
         self.register_buffer("global_load", even if balance.global_batch else None)
@@ -110,7 +112,9 @@ class KeepsLosses(nn.Module):
         scores, probs = self.scored(logits) if scored is None else scored
         by_name: dict[str, Callable[[], Tensor]] = {
             "micro_batch": lambda: micro_batch_loss(probs, ids_TK, real),
-            "sequence": lambda: sequence_loss(torch.atleast_2d(scores), torch.atleast_2d(probs), self.top_k, real),
+            "sequence": lambda: sequence_loss(
+                torch.atleast_2d(scores), torch.atleast_2d(probs), self.top_k, real, self.even_groups
+            ),
             "global_batch": lambda: global_batch_loss(probs, cast(Tensor, self.global_load), real),
             "z": lambda: z_loss(logits, real),
         }
@@ -146,18 +150,22 @@ def micro_batch_loss(probs: Tensor, ids_TK: Tensor, real: Tensor | None = None) 
     return (f_E * _mean(probs.reshape(-1, num_experts), real)).sum()
 
 
-def sequence_loss(scores: Tensor, probs: Tensor, top_k: int, real: Tensor | None = None) -> Tensor:
+def sequence_loss(
+    scores: Tensor, probs: Tensor, top_k: int, real: Tensor | None = None, even_groups: int = 1
+) -> Tensor:  # fmt: skip
     """Load balance within each sequence, mean over sequences (DeepSeek-V3 report, arXiv 2412.19437, eq. 17-20).
 
     Sequences without a real token are not in the mean.
 
-    f counts the top-k of the scores themselves, without correction bias and group limit, as in the report.
+    f counts the top-k of the scores themselves, without correction bias and group limit, as in the report; with
+    `even_groups` of them, the best of each group.
     scores, probs: (..., S, E), or (S, E) for one sequence.
     """
     num_tokens, num_experts = probs.shape[-2:]
     with torch.no_grad():
-        best = scores.topk(top_k, dim=-1, sorted=False).indices
-        chosen = torch.zeros_like(scores).scatter_(-1, best, 1.0)
+        of_group = scores.unflatten(-1, (even_groups, -1))
+        best = of_group.topk(top_k // even_groups, dim=-1, sorted=False).indices
+        chosen = torch.zeros_like(of_group).scatter_(-1, best, 1.0).flatten(-2)
         if real is None:
             f = chosen.sum(-2) * (num_experts / (top_k * num_tokens))
         else:

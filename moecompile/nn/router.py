@@ -68,7 +68,8 @@ class Router(KeepsLosses):
     ) -> None:
         config.check_experts(num_experts)
         check_balance(config, balance)
-        super().__init__(num_experts, config.top_k, config.score, balance, device, dtype)
+        even_groups = config.groups if config.even_groups else 1
+        super().__init__(num_experts, config.top_k, config.score, balance, device, dtype, even_groups)
         self.num_experts, self.config, self.balance = num_experts, config, balance
         wide = torch.promote_types(dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=wide))

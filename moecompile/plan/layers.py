@@ -21,6 +21,11 @@ BalancePlan = BalanceSpec
 """Plans hold the same config objects that `nn.Router` takes."""
 
 
+def is_even(routing: RoutingPlan, placement: ExpertPlacement) -> bool:
+    """Whether all ranks compute equally many rows, whatever the router does."""
+    return routing.choice == "expert" or (routing.even_groups and placement.has_whole(routing.groups))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One site and all decisions about it.
@@ -78,8 +83,7 @@ class LayerPlan:
     @property
     def is_even(self) -> bool:
         """Whether all ranks compute equally many rows, whatever the router does."""
-        routing = self.routing
-        return routing.choice == "expert" or (routing.even_groups and self.placement.has_whole(routing.groups))
+        return is_even(self.routing, self.placement)
 
     @property
     def row_site(self) -> PlannedSite:
@@ -148,6 +152,7 @@ class LayerPlan:
             ("routing.choice", routing.choice, routing.choice != "token"),
             ("routing.capacity_factor", routing.capacity_factor, routing.capacity_factor is not None),
             ("routing.workload", routing.workload, routing.workload != "none"),
+            ("routing.even_groups", True, routing.even_groups),
             ("routing.groups", routing.groups, routing.groups > 1),
         )
         if self.cut_over and experts.num_identity and isinstance(self.site, FFNSite):

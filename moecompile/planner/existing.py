@@ -187,6 +187,7 @@ def _unused_notes(plan: Plan, config: Config) -> Iterator[str]:
     if config.plan is not None or config.per_layer:
         return
     no_bias = (not any(layer.balance.rate for layer in plan.layers), "no layer has a correction bias that is nudged")
+    no_limit = all(layer.routing.top_groups == layer.routing.groups for layer in plan.layers)
     workload, init = config.routing.workload, config.experts.init.value
     for key, (is_unused, why) in {
         "balance.rate": no_bias,
@@ -194,7 +195,7 @@ def _unused_notes(plan: Plan, config: Config) -> Iterator[str]:
         "experts.drop_ratio": (init != ExpertInit.drop, f"experts.init={init}"),
         "experts.shared_gate": (not config.experts.num_shared, "experts.num_shared=0"),
         "routing.drop": (all(layer.routing.drop == "none" for layer in plan.layers), "routing.capacity_factor=null"),
-        "routing.group_score": (all(layer.routing.groups == 1 for layer in plan.layers), "one group of experts"),
+        "routing.group_score": (no_limit, "all groups of experts are open to a token"),
         "routing.skew": (workload not in (Workload.zipf, Workload.drift), f"routing.workload={workload.value}"),
         "routing.hot_experts": (not workload.has_hot_experts, f"routing.workload={workload.value}"),
     }.items():

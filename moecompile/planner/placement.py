@@ -22,8 +22,8 @@ Algorithm:
      the fullest rank lighter. So the result is never worse than that of step 2.
   4. Few experts are packed from other starts too, drawn at random but always the same, unless no rank could be
      lighter.
-  5. Where the fullest rank is no lighter than in the order of ids, that stays. With even groups, ranks that hold whole
-     groups have equally many rows at every step, not only on average.
+  5. Where the fullest rank is no lighter than in the order of ids, that stays; so it does with even groups that ranks
+     hold whole, which have equally many rows at every step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from moecompile.atomic import write_text
 from moecompile.errors import ConfigError, PlanError
-from moecompile.plan import LayerPlan, Plan
+from moecompile.plan import ExpertPlacement, LayerPlan, Plan
 from moecompile.schema import Config
 
 FILE, KEY, FORMAT = "placement.yaml", "mesh.placement", 1
@@ -96,7 +96,11 @@ def make_placement(plan: Plan, loads: Sequence[Sequence[float]], ep: int, nodes:
             rule = f"must divide the {layer.experts.num_routed} experts of {layer.site.fqn}"
             raise ConfigError("mesh.ep", ep, rule, "Use a divisor")
         limited = layer.routing.top_groups < layer.routing.groups
-        order = place_experts(load, ep, nodes, layer.routing.groups if limited else 1)
+        by_id = ExpertPlacement(num_experts=layer.experts.num_routed, ep=ep)
+        if layer.routing.even_groups and by_id.has_whole(layer.routing.groups):
+            order = tuple(range(layer.experts.num_routed))
+        else:
+            order = place_experts(load, ep, nodes, layer.routing.groups if limited else 1)
         ranks = np.array(order).reshape(ep, -1).tolist()
         placed.append(PlacedLayer(site=layer.site.fqn, ranks=tuple(map(tuple, ranks)), load=tuple(load)))
     return placed

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import Any
 
-from moecompile.plan import ExpertsSite, Plan
+from moecompile.plan import ExpertsSite, LayerPlan, Plan
 from moecompile.report.text import plural
 from moecompile.routing import AUTO_LOSSES, LOAD_LOSSES
-from moecompile.schema import Config, is_open, virtual_group
+from moecompile.schema import Config, is_open
 
 COLLAPSED = 0.8
 """Share of the largest possible MaxVio from which on a layer's routing counts as collapsed."""
@@ -43,18 +43,39 @@ def _skipped(fields: Mapping[str, Any]) -> float:
     return float(fields["steps_skipped"] / max(1, fields["steps"]))
 
 
-def early_warnings(config: Config) -> list[str]:
+def early_warnings(plan: Plan, config: Config) -> list[str]:
     """What is known before the first step."""
-    rate, experts, routing = config.optimizer.lr, config.experts, config.routing
+    rate = config.optimizer.lr
     said = [f"optimizer.lr={rate:g}: no weight will change. Set a rate, such as optimizer.lr=3e-4"] if rate == 0 else []
-    slices = virtual_group(experts.init, experts.granularity, experts.num_shared)
     is_trained = config.model.pretrained is not None or config.model.package is not None
-    if is_trained and 1 < slices < experts.num_routed and not routing.even_groups:
-        rule = "a trained router may give a token two copies of one slice of its FFN and none of another"
-        fix = "a pretrained model loses much by that: try routing.even_groups=true, which keeps one of each"
-        cost = "that is exported with export.format=native alone: no model of transformers has it"
-        said.append(f"experts.init={experts.init.value}: {rule}, and {fix}; {cost}")
-    return said
+    return [*said, *_of_slices(plan)] if is_trained else said
+
+
+def _of_slices(plan: Plan) -> Iterator[str]:
+    """That a token of a pretrained model may lose slices of its FFN, and what keeps them."""
+    apart = [layer for layer in plan.layers if _may_lose_slices(layer)]
+    if not apart:
+        return
+    layer = apart[0]
+    where = f" in {plural(len(apart), 'layer')}" if len(apart) < len(plan.layers) else ""
+    excluded = (
+        (layer.routing.choice != "token", f"routing.choice={layer.routing.choice}"),
+        (layer.routing.top_groups < layer.routing.groups, "a limit of groups or nodes"),
+        (layer.balance.rule == "quantile", "balance.rule=quantile"),
+        (layer.experts.num_identity > 0, "experts.num_identity"),
+    )
+    instead = [what for is_there, what in excluded if is_there]
+    rule = "a trained router may give a token two copies of one slice of its FFN and none of another"
+    fix = "a pretrained model loses much by that: try routing.even_groups=true, which keeps one of each"
+    cost = "that is exported with export.format=native alone: no model of transformers has it"
+    without = f", and does not go with {' and '.join(instead)}" if instead else ""
+    yield f"experts.init={layer.experts.init}{where}: {rule}, and {fix}{without}; {cost}"
+
+
+def _may_lose_slices(layer: LayerPlan) -> bool:
+    experts, routing = layer.experts, layer.routing
+    has_all = routing.choice == "token" and routing.top_k == experts.num_routed
+    return 1 < experts.virtual_group < experts.num_routed and not (routing.even_groups or has_all)
 
 
 def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[str]:
@@ -68,7 +89,7 @@ def run_warnings(fields: Mapping[str, Any], plan: Plan, config: Config) -> list[
         rate, warmup = config.optimizer.lr, config.optimizer.warmup_steps
         fix = f"Try optimizer.lr={rate / 10:g} (now {rate:g}), or more optimizer.warmup_steps (now {warmup})"
         return [f"the loss diverged: {went}. {fix}", *_of_skipped(fields)]
-    return [*early_warnings(config), *_of_skipped(fields), *_losses(fields), *_routing(fields, plan, config)]
+    return [*early_warnings(plan, config), *_of_skipped(fields), *_losses(fields), *_routing(fields, plan, config)]
 
 
 def _of_skipped(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -175,6 +175,12 @@ class RouterConfig:
                 "routing.groups", self.groups, f"must divide experts.num_routed={num_experts}",
                 f"Use a divisor of {num_experts}, or change experts.num_routed",
             )  # fmt: skip
+        size, workload = num_experts // self.groups, Workload(self.workload)
+        is_block = workload.has_hot_experts and workload is not Workload.hot_spread
+        if self.even_groups and is_block and self.hot_experts % size == 0:
+            rule = f"are whole groups of {size}, of which every token takes as many with routing.even_groups=true"
+            fix = f"Use another number than {size} and its multiples, or another routing.workload"
+            raise ConfigError("routing.hot_experts", self.hot_experts, rule, fix)
         per_group, available = num_experts // self.groups, num_experts // self.groups * self.top_groups
         if self.top_k > available:
             raise ConfigError(

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from moecompile.atomic import replacing
 from moecompile.checkpoint import folders
 from moecompile.checkpoint.fingerprint import differences, of_training, settings
-from moecompile.checkpoint.fit import plan_differences, refuse
+from moecompile.checkpoint.fit import check_order, plan_differences, refuse
 from moecompile.checkpoint.folders import check
 from moecompile.checkpoint.placed import orders_of
 from moecompile.checkpoint.resume import TRAINED_WITH, State, check_settings, not_compared, read_state
@@ -242,8 +242,10 @@ def _history(folder: Path, step: int) -> LoadHistory:
 def _check_function(start: tuple[Path, State], plan: Plan, config: Config, fingerprint: dict[str, Any]) -> None:
     """Checks that model, data and plan are those of the checkpoint."""
     folder, state = start
+    saved = read(folder / folders.PLAN)
+    check_order(saved, plan, folder)
     changes = [*differences(state.fingerprint, fingerprint)] if state.fingerprint else []
-    changes += plan_differences(read(folder / folders.PLAN), plan)
+    changes += plan_differences(saved, plan)
     refuse(changes, config.trainer.allow_changes, folder)
 
 

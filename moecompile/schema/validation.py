@@ -563,6 +563,10 @@ def _resolved_groups(routing: RoutingConfig, nodes: int, slices: int) -> tuple[i
             "routing.max_nodes", limit, f"the EP group spans only {nodes} node{'s' * (nodes > 1)}",
             f"Use at most {nodes}, or let the EP group span more nodes (mesh, mesh.ep)",
         )  # fmt: skip
+    if routing.even_groups and routing.groups == "auto" and slices == 1:
+        rule = "is the number of routed slices of an FFN with routing.even_groups=true, and here there are not several"
+        fix = "Give the number of groups, a divisor of experts.num_routed and of routing.top_k"
+        raise ConfigError("routing.groups", "auto", rule, fix)
     groups = int_or_auto("routing.groups", routing.groups, slices if routing.even_groups else nodes if limit else 1)
     if routing.top_groups is not None:
         return groups, routing.top_groups

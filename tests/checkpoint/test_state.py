@@ -92,6 +92,25 @@ def test_groups_stay_those_of_the_first_mesh(checkpoint: Path) -> None:
     check_plan(planned([*here, "routing.groups=2"]), planned(OVERRIDES), checkpoint)
 
 
+def test_slices_stay_in_their_order(checkpoint: Path) -> None:
+    """With even groups, experts are slices one after the other: no weights of a run without them would fit."""
+    slices = [*OVERRIDES, "routing.max_nodes=null", "experts=fine_grained", "routing.top_k=4"]
+    plans.save(planned(slices), checkpoint / folders.PLAN)
+    (checkpoint / folders.SUMS).unlink()
+    folders.seal(checkpoint)
+    here = [*slices, "routing.even_groups=true"]
+    config = resumed(compose_config([*here, f"trainer.resume={checkpoint}"]), Path("new"))
+    assert config.routing.groups == "auto"  # not the one group of the checkpoint
+    with pytest.raises(PlanError) as caught:
+        check_plan(planned(slices), planned(here), checkpoint, allowed=["*"])
+    assert str(caught.value) == (
+        f"routing.even_groups=true: the experts of  in the checkpoint {checkpoint} are slices of its FFN copy by copy. Use "
+        "false, or start a new run."
+    )
+    random = [*OVERRIDES, "routing.max_nodes=null", "routing.groups=2"]  # experts of their own, in no order
+    check_plan(planned(random), planned([*random, "routing.even_groups=true"]), checkpoint, allowed=["*"])
+
+
 def test_a_promise_that_the_new_mesh_cannot_say_is_still_kept(checkpoint: Path) -> None:
     """max_nodes=2 is refused on one node, unless the groups are known already."""
     plans.save(planned([*OVERRIDES, "routing.max_nodes=2"]), checkpoint / folders.PLAN)

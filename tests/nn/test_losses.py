@@ -114,17 +114,21 @@ def test_micro_batch_counts_the_chosen_experts_before_drops(score: str, shape: t
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("score", SCORES)
-def test_sequence_counts_the_scores_alone(score: str, shape: tuple[int, ...]) -> None:
-    """Correction bias and group limit move the choice, but not this loss."""
-    layer = router(score, bias=1.0, groups=4, top_groups=2, losses={"sequence": 1.0})
+@pytest.mark.parametrize("even_groups", [False, True])
+def test_sequence_counts_the_scores_alone(score: str, shape: tuple[int, ...], even_groups: bool) -> None:
+    """Correction bias and group limit move the choice, but not this loss; even groups are part of it."""
+    options = {"groups": 2, "top_groups": 2, "even_groups": True} if even_groups else {"groups": 4, "top_groups": 2}
+    top_k, half = 4 if even_groups else TOP_K, EXPERTS // 2
+    layer = router(score, bias=1.0, losses={"sequence": 1.0}, top_k=top_k, **options)
     x, per_sequence = hidden(*shape), []
     for sequence in x.reshape(-1, *shape[-2:]).tolist():
         found = [distribution(layer, token) for token in sequence]
         counts = [0] * EXPERTS
         for _, scores, _ in found:
-            for expert in best(scores, TOP_K):
+            of_halves = [*best(scores[:half], 2), *(half + i for i in best(scores[half:], 2))]
+            for expert in of_halves if even_groups else best(scores, top_k):
                 counts[expert] += 1
-        f = [EXPERTS * count / (TOP_K * len(sequence)) for count in counts]
+        f = [EXPERTS * count / (top_k * len(sequence)) for count in counts]
         per_sequence.append(balance(f, [probs for _, _, probs in found]))
     assert aux(layer, x).item() == pytest.approx(sum(per_sequence) / len(per_sequence), rel=1e-12)
 

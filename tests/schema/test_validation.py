@@ -166,8 +166,18 @@ BROKEN: dict[str, tuple[list[str], str]] = {
         [*FOUR_NODES, "routing.groups=4", "routing.top_groups=4", "routing.max_nodes=1"],
         "routing.top_groups=4: lets a token reach 4 nodes, but routing.max_nodes=1. Use routing.top_groups=1.",
     ),
-    "even groups of one": (
+    "even groups of no slices": (
         ["routing.even_groups=true"],
+        "routing.groups=auto: is the number of routed slices of an FFN with routing.even_groups=true, and here there are "
+        "not several. Give the number of groups, a divisor of experts.num_routed and of routing.top_k.",
+    ),
+    "even groups that are all hot": (
+        ["routing.even_groups=true", "routing.groups=2", "routing.workload=hot_block", "routing.hot_experts=4"],
+        "routing.hot_experts=4: are whole groups of 4, of which every token takes as many with routing.even_groups=true. "
+        "Use another number than 4 and its multiples, or another routing.workload.",
+    ),
+    "even groups of one": (
+        ["routing.even_groups=true", "routing.groups=1"],
         "routing.groups=1: is no division of the experts, and routing.even_groups=true lets a token choose as many "
         "experts of every group. Use a divisor of them, or routing.even_groups=false.",
     ),

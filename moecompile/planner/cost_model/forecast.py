@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.metrics_table import read_rows
-from moecompile.plan import Plan
+from moecompile.plan import LayerPlan, Plan, is_even
 from moecompile.planner.cost_model.constants import calibrated
 from moecompile.planner.cost_model.counts import count
 from moecompile.planner.cost_model.host import host_seconds
@@ -416,7 +416,7 @@ def expected_load(plan: Plan, config: Config, ep: int | None = None) -> Expected
     """
     ep = plan.mesh.ep if ep is None else ep
     found = {load.name: load for load in loads_of(plan, config, ep)}
-    if ep == 1 or all(layer.routing.choice == "expert" for layer in plan.layers):
+    if ep == 1 or not _uneven(plan, ep):
         return BALANCED
     if config.workload.load is not None:
         load = list(found.values())[-1]
@@ -424,15 +424,25 @@ def expected_load(plan: Plan, config: Config, ep: int | None = None) -> Expected
     return Expected(load=max(1.0, found[EXPECTED].p50), source=f"{EXPECTED}, the median layer")
 
 
+def _uneven(plan: Plan, ep: int) -> list[LayerPlan]:
+    """The layers that are not even on EP groups of `ep` ranks, where a placement for another number has no meaning."""
+    placements = ((each, each.placement) for each in plan.layers)
+    moved = (
+        (each, where if where.ep == ep else replace(where, ep=ep, nodes=1, order=())) for each, where in placements
+    )
+    return [each for each, where in moved if not is_even(each.routing, where)]
+
+
 def loads_of(plan: Plan, config: Config, ep: int) -> list[Load]:
-    """Balanced, zipf and hot, and the load of a given run, on EP groups of `ep` ranks.
+    """Balanced, zipf and hot, and the load of a given run, on EP groups of `ep` ranks. The first three are of the first
+    layer whose ranks may have unequal numbers of rows.
 
     Raises:
         ConfigError: `workload.load` is not of this model.
     """
     if not plan.layers:
         return []
-    layer, skew = plan.layers[0], config.routing.skew
+    layer, skew = next(iter(_uneven(plan, ep)), plan.layers[0]), config.routing.skew
     top_k, groups, _, even = routed(layer)
     of_groups = (groups, layer.placement.order) if even else ()
     loads = [

@@ -90,7 +90,7 @@ class Search:
     """What is searched. sites, facts: of the model. config: its `data.global_batch_size` is the batch before rounding.
 
     layers: the plan of the config as it is. shape: a plan's shape for the time model. rounds: whether the batch may be
-    rounded up, as a published one is. loads: EP size -> load that is to be expected, as they become known.
+    rounded up, as a published one is. loads: EP size and routers -> load that is to be expected, as they become known.
     """
 
     sites: Sequence[PlannedSite]
@@ -100,13 +100,15 @@ class Search:
     shape: Callable[[Plan], ModelShape]
     axes: Axes
     rounds: bool
-    loads: dict[int, float] = field(default_factory=dict)
+    loads: dict[object, float] = field(default_factory=dict)
 
     def load_of(self, plan: Plan, config: Config, ep: int) -> float:
-        """The load that is to be expected, which changes with the EP size alone."""
-        if ep not in self.loads:
-            self.loads[ep] = expected_load(plan, config, ep).load
-        return self.loads[ep]
+        """The load that is to be expected, which changes with the EP size and the routers alone."""
+        of_layers = {id(layer.routing): (layer.experts.num_routed, layer.routing) for layer in plan.layers}
+        key = (ep, frozenset(of_layers.values()))
+        if key not in self.loads:
+            self.loads[key] = expected_load(plan, config, ep).load
+        return self.loads[key]
 
 
 @dataclass(frozen=True, kw_only=True)

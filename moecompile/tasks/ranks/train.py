@@ -65,7 +65,7 @@ def run_rank(config: Config, run_dir: Path) -> None:
         show_compiled(compiled, output_dir(run_dir), console)
     groups = show_weight_groups(compiled.model, config, console if rank == 0 else None)
     if rank == 0:
-        print_warnings(early_warnings(config), console)
+        print_warnings(early_warnings(compiled.plan, config), console)
     materialize = job.materialize(compiled)
     write_forecast(shape, compiled.plan, priced, run_dir)
     dist.barrier()

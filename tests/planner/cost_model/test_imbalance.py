@@ -7,9 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.load_history import LoadHistory
-from moecompile.planner.cost_model.forecast import measured, synthetic
+from moecompile.planner.build_plan import build_plan
+from moecompile.planner.cost_model.forecast import expected_load, measured, synthetic
+from tests.planner.test_placement import FACTS, SITES
+
+
+def test_the_load_to_expect_is_that_of_a_layer_that_may_be_uneven() -> None:
+    def found(*overrides: str, ep: int | None = None) -> float:
+        base = ["mesh=cpu_1x4", "experts.num_routed=8", "routing.top_k=4", "dispatch=flat", "routing.groups=4"]
+        config = compose_config([*base, *overrides])
+        return expected_load(build_plan(SITES, config, FACTS), config, ep).load
+
+    even = "routing.even_groups=true"
+    plain = found()
+    assert plain > 1.01 and found(even) == 1
+    assert found("+per_layer.a={layers: ':1', routing: {even_groups: true}}") == plain  # the second is not
+    assert found(even, ep=8) > 1  # a group on two ranks
+    assert found(even, ep=2) == 1
 
 
 def test_a_run_by_hand(tmp_path: Path) -> None:
