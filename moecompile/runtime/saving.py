@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def rows_until(folder: Path, step: int) -> list[dict[str, float]]:
     path = folder.parent.parent / METRICS
     if not path.is_file():
         return []
-    return [row for row in read_rows(path) if row["step"] <= step]
+    return [row for row in read_rows(path) if row.get("step", inf) <= step]
 
 
 def write_again(logger: CSVLogger, rows: list[dict[str, float]]) -> None:
