@@ -171,7 +171,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         (f", {plural(len(warned), 'warning')}" if warned else "", "yellow"), f"  {result['seconds']:.1f} s",
     ))  # fmt: skip
     lines = []
-    shown = {**result, "step0": step0_text(result)}
+    shown = {**result, "step0": step0_text(result), "validation": _validation_text(result)}
     for name, needed, text_of in _RESULT_LINES:
         values = [shown.get(key) for key in needed]
         if None not in values:
@@ -269,12 +269,19 @@ _EXAMPLE = 1_500  # characters that are shown of a chat
 # Last lines of `print_result`, never broken.
 _PATHS = ("checkpoint", "report", "run dir")
 
-# Lines of `print_result`: (name, required keys of result.json or `step0`, their values -> text).
+
+def _validation_text(result: Mapping[str, Any]) -> str | None:
+    """The first loss is not known where a run has gone on with other text to validate."""
+    first, last = result.get("val_loss_first"), result.get("val_loss")
+    return None if last is None else f"{'' if first is None else f'{first:.4f} -> '}{last:.4f} nats per token"
+
+
+# Lines of `print_result`: (name, required keys of result.json, `step0` or `validation`, their values -> text).
 _RESULT_LINES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("model", ("num_rewritten", "world_size"), lambda n, world: f"{plural(n, 'MoE layer')} on {plural(world, 'rank')}"),
     ("step 0", ("step0",), str),
     ("loss", ("loss_first", "loss_last", "steps"), lambda a, b, n: f"{a:.4f} -> {b:.4f} in {plural(n, 'step')}"),
-    ("validation", ("val_loss_first", "val_loss"), lambda a, b: f"{a:.4f} -> {b:.4f} nats per token"),
+    ("validation", ("validation",), str),
     ("unigram entropy", ("unigram_entropy",), lambda nats: f"{nats:.4f} nats per token, what token counts alone reach"),
     (
         "balance",

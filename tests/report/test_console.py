@@ -81,6 +81,8 @@ def test_the_closing_summary_has_every_figure() -> None:
     ):  # fmt: skip
         assert shown in text
     assert "checkpoint" not in text
+    text = words(printed(lambda console: print_result({**RESULT, "val_loss_first": None}, console)))
+    assert "validation 4.5000 nats per token unigram entropy" in text
 
 
 def test_what_was_not_measured_is_left_out() -> None:
