@@ -33,7 +33,7 @@ from moecompile.runtime.converted import reading_of
 from moecompile.runtime.metrics import Metrics
 from moecompile.runtime.module import LanguageModule
 from moecompile.runtime.strategy import groups_of
-from moecompile.schema import Config
+from moecompile.schema import Baseline, Config
 from moecompile.version import versions
 
 
@@ -44,6 +44,9 @@ class Saver(Callback):
         metrics: their state is saved too. fingerprint: of model and data, saved too. val_windows: sequences of a
             validation, without which losses of two parts of a run cannot be compared.
         start: the checkpoint to resume from, with its state; None: a new run.
+
+    Raises:
+        ConfigError: a dense model is to be trained beside, and validations of the two parts are of other text.
     """
 
     def __init__(
@@ -56,8 +59,12 @@ class Saver(Callback):
         self.val_loss_first, self.val_windows = before.get("val_loss_first"), val_windows
         if val_windows != (others := before.get("val_windows", val_windows)):
             self.val_loss_first = None
+            said = f"validation is of {val_windows:,} sequences here and was of {others:,}"
+            if config.trainer.baseline is not Baseline.none:
+                rule = f"{said}, so losses before cannot be compared with a dense model's (trainer.baseline)"
+                fix = "Give as many micro-batches per rank as make the same sequences, or use trainer.baseline=none"
+                raise ConfigError("data.val_batches", config.data.val_batches, rule, fix)
             if dist.get_rank() == 0:
-                said = f"validation is of {val_windows:,} sequences here and was of {others:,}"
                 print(f"{said} (data.val_batches is per rank): the first loss is left out", flush=True)
         self._trained_with = list(before.get(TRAINED_WITH, ()))
         if (now := of_training(config)) not in self._trained_with:

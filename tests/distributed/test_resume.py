@@ -40,6 +40,7 @@ REFUSED: list[tuple[Any, ...]] = [
     (["trainer.resume=auto", "experts.num_routed=32"], PlanError),
     (["trainer.resume=auto", "data.seq_len=16"], ConfigError),
     (["trainer.resume=auto", "trainer.max_steps=5"], ConfigError),
+    (["trainer.resume=auto", "trainer.baseline=dense", "data.val_batches=2"], ConfigError),
     (["trainer.resume=null"], ConfigError),
 ]
 
@@ -143,7 +144,7 @@ def test_a_finished_run_takes_more_steps_but_not_fewer(root: tuple[Path, dict[st
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_in_words(root: tuple[Path, dict[str, Any]]) -> None:
     last = root[0] / "whole" / "checkpoints" / f"step-{STEPS}"
-    experts, seq_len, steps, new = root[1]["errors"]
+    experts, seq_len, steps, others, new = root[1]["errors"]
     assert experts == (
         f"trainer.resume={last}: the checkpoint does not fit this run: "
         "model.layers.1.mlp.experts.num_routed: 16 in the checkpoint, 32 here. Set these as they were, start a new run, or "
@@ -154,6 +155,11 @@ def test_what_does_not_fit_is_refused_in_words(root: tuple[Path, dict[str, Any]]
         "Set these as they were, start a new run, or go on all the same with trainer.allow_changes=[data.seq_len]."
     )
     assert steps == f"trainer.max_steps=5: the checkpoint {last} has 6 steps already. Use 6 or more."
+    assert others == (
+        "data.val_batches=2: validation is of 14 sequences here and was of 8, so losses before cannot be compared with a "
+        "dense model's (trainer.baseline). Give as many micro-batches per rank as make the same sequences, or use "
+        "trainer.baseline=none."
+    )
     assert new == (
         f"hydra.run.dir={root[0] / 'whole'}: holds the checkpoints of another run. "
         "Go on with that run by trainer.resume=auto, or use another directory."
