@@ -80,7 +80,7 @@ class LayerPlan:
         own = (id(value) for name, value in vars(self).items() if name != "site")
         return (*own, *(value for name, value in vars(self.site).items() if name not in ("fqn", "index")))
 
-    @property
+    @cached_property
     def is_even(self) -> bool:
         """Whether all ranks compute equally many rows, whatever the router does."""
         return is_even(self.routing, self.placement)

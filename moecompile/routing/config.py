@@ -175,12 +175,8 @@ class RouterConfig:
                 "routing.groups", self.groups, f"must divide experts.num_routed={num_experts}",
                 f"Use a divisor of {num_experts}, or change experts.num_routed",
             )  # fmt: skip
-        size, workload = num_experts // self.groups, Workload(self.workload)
-        is_block = workload.has_hot_experts and workload is not Workload.hot_spread
-        if self.even_groups and is_block and self.hot_experts % size == 0:
-            rule = f"are whole groups of {size}, of which every token takes as many with routing.even_groups=true"
-            fix = f"Use another number than {size} and its multiples, or another routing.workload"
-            raise ConfigError("routing.hot_experts", self.hot_experts, rule, fix)
+        if self.even_groups:
+            self._check_block(num_experts // self.groups)
         per_group, available = num_experts // self.groups, num_experts // self.groups * self.top_groups
         if self.top_k > available:
             raise ConfigError(
@@ -189,6 +185,15 @@ class RouterConfig:
                 "Lower routing.top_k or raise routing.top_groups",
             )  # fmt: skip
         self._check_virtual_groups(num_experts, virtual_group)
+
+    def _check_block(self, size: int) -> None:
+        """Even groups of `size` experts cannot be hot as a whole."""
+        workload = Workload(self.workload)
+        is_block = workload.has_hot_experts and workload is not Workload.hot_spread
+        if is_block and self.hot_experts % size == 0:
+            rule = f"are whole groups of {size}, of which every token takes as many with routing.even_groups=true"
+            fix = f"Use another number than {size} and its multiples, or another routing.workload"
+            raise ConfigError("routing.hot_experts", self.hot_experts, rule, fix)
 
     def _check_virtual_groups(self, num_experts: int, size: int) -> None:
         rule = f"must be a multiple of the routed slices, experts.granularity - experts.num_shared = {size}"

@@ -90,7 +90,7 @@ class Search:
     """What is searched. sites, facts: of the model. config: its `data.global_batch_size` is the batch before rounding.
 
     layers: the plan of the config as it is. shape: a plan's shape for the time model. rounds: whether the batch may be
-    rounded up, as a published one is. loads: EP size and routers -> load that is to be expected, as they become known.
+    rounded up, as a published one is. loads: routers -> EP size -> load that is to be expected, as they become known.
     """
 
     sites: Sequence[PlannedSite]
@@ -100,15 +100,19 @@ class Search:
     shape: Callable[[Plan], ModelShape]
     axes: Axes
     rounds: bool
-    loads: dict[object, float] = field(default_factory=dict)
+    loads: dict[object, dict[int, float]] = field(default_factory=dict)
 
-    def load_of(self, plan: Plan, config: Config, ep: int) -> float:
-        """The load that is to be expected, which changes with the EP size and the routers alone."""
+    def load_of(self, plan: Plan, config: Config) -> Callable[[int], float]:
+        """EP size -> the load that is to be expected, which changes with it and with the routers alone."""
         of_layers = {id(layer.routing): (layer.experts.num_routed, layer.routing) for layer in plan.layers}
-        key = (ep, frozenset(of_layers.values()))
-        if key not in self.loads:
-            self.loads[key] = expected_load(plan, config, ep).load
-        return self.loads[key]
+        known = self.loads.setdefault(frozenset(of_layers.values()), {})
+
+        def load(ep: int) -> float:
+            if ep not in known:
+                known[ep] = expected_load(plan, config, ep).load
+            return known[ep]
+
+        return load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +214,7 @@ def _planned(search: Search, config: Config, shapes: dict[object, ModelShape]) -
     kinds = [_Kind(of=ranks[0], ranks=ranks) for ranks in alike(ranks_of(plan, facts))]
     return _Structure(
         config=config, plan=plan, facts=facts, inputs=inputs_of(shapes[key], plan, config),
-        load=search.load_of(plan, config, plan.mesh.ep), kinds=kinds,
+        load=search.load_of(plan, config)(plan.mesh.ep), kinds=kinds,
     )  # fmt: skip
 
 
@@ -649,10 +653,10 @@ def _described(search: Search, plan: Plan, rejected: Rejected) -> Iterator[Candi
         inputs = replace(inputs, software=replace(inputs.software, in_flight="none", chunks=1))
     if plan.pipeline is not None:
         inputs = replace(inputs, software=replace(inputs.software, schedule=DESCRIBED_SCHEDULE, paired=0.0))
-    limit = config.hardware.memory_gib * GIB
+    limit, load = config.hardware.memory_gib * GIB, search.load_of(plan, config)
     for each in described(inputs, space, limit, rejected):
         step = replace(inputs, layout=each.layout, software=each.software)
-        uneven = round(sum(memory_of(step, search.load_of(plan, config, each.layout.ep)).values()))
+        uneven = round(sum(memory_of(step, load(each.layout.ep)).values()))
         yield Candidate(
             settings=_described_settings(each, search), runs=False, seconds=each.seconds, memory_bytes=each.memory,
             memory_bytes_uneven=uneven, fits=fit_of(each.memory, uneven, limit),
