@@ -47,7 +47,7 @@ def check_order(saved: Plan, plan: Plan, folder: Path) -> None:
         theirs, name = before.get(layer.site.fqn, layer).routing.even_groups, layer.site.fqn
         if layer.experts.virtual_group > 1 and theirs != layer.routing.even_groups:
             order = "slice by slice" if theirs else "copy by copy"
-            rule = f"the experts of {name} in the checkpoint {folder} are slices of its FFN {order}"
+            rule = f"the experts of {name} in the checkpoint {folder} are the slices of its FFN in order, {order}"
             fix = f"Use {str(theirs).lower()}, or start a new run"
             raise PlanError("routing.even_groups", str(not theirs).lower(), rule, fix)
 

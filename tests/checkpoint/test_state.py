@@ -104,8 +104,8 @@ def test_slices_stay_in_their_order(checkpoint: Path) -> None:
     with pytest.raises(PlanError) as caught:
         check_plan(planned(slices), planned(here), checkpoint, allowed=["*"])
     assert str(caught.value) == (
-        f"routing.even_groups=true: the experts of  in the checkpoint {checkpoint} are slices of its FFN copy by copy. Use "
-        "false, or start a new run."
+        f"routing.even_groups=true: the experts of  in the checkpoint {checkpoint} are the slices of its FFN in order, copy by copy. "
+        "Use false, or start a new run."
     )
     random = [*OVERRIDES, "routing.max_nodes=null", "routing.groups=2"]  # experts of their own, in no order
     check_plan(planned(random), planned([*random, "routing.even_groups=true"]), checkpoint, allowed=["*"])
