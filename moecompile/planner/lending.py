@@ -30,6 +30,7 @@ from moecompile.plan import (
     PlannedSite,
     RoutingPlan,
     check_lends,
+    is_even,
 )
 from moecompile.planner.cost_model.counts import PASSES
 from moecompile.planner.cost_model.inputs import links_of
@@ -71,8 +72,8 @@ def plan_lending(
     near, far = _loan_rows(config, mesh, site, d_expert, number_bytes)
     rows = mesh.share(config.data.micro_batch_size * config.data.seq_len, Part.SEQUENCE) * routing.top_k
     cheapest = near if mesh.ep > mesh.nodes_per_ep_group else far
-    is_even = routing.even_groups and config.mesh.placement is None and placement.has_whole(routing.groups)
-    if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows or is_even):
+    stays_even = config.mesh.placement is None and is_even(routing, placement)
+    if balance is DispatchBalance.auto and (KINDS[kind].no_lending or cheapest >= rows or stays_even):
         return DispatchPlan(kind=kind)
     return DispatchPlan(kind=kind, balance="lend", slots=number, loan_rows=near, far_loan_rows=far)
 

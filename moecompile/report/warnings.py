@@ -64,12 +64,12 @@ def _of_slices(plan: Plan) -> Iterator[str]:
         (layer.balance.rule == "quantile", "balance.rule=quantile"),
         (layer.experts.num_identity > 0, "experts.num_identity"),
     )
-    instead = [what for is_there, what in excluded if is_there]
+    there = [what for is_there, what in excluded if is_there]
     rule = "a trained router may give a token two copies of one slice of its FFN and none of another"
     fix = "a pretrained model loses much by that: try routing.even_groups=true, which keeps one of each"
     cost = "that is exported with export.format=native alone: no model of transformers has it"
-    without = f", and does not go with {' and '.join(instead)}" if instead else ""
-    yield f"experts.init={layer.experts.init}{where}: {rule}, and {fix}{without}; {cost}"
+    limit = f", and does not go with {' and '.join(there)}" if there else ""
+    yield f"experts.init={layer.experts.init}{where}: {rule}, and {fix}{limit}; {cost}"
 
 
 def _may_lose_slices(layer: LayerPlan) -> bool:

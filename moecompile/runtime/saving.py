@@ -56,19 +56,9 @@ class Saver(Callback):
         self.checkpoints, self.plan, self.config, self.metrics = folders.checkpoints_of(run_dir), plan, config, metrics
         self.fingerprint = fingerprint
         self.start, before = start, {} if start is None else start[1].metrics
-        self.val_loss_first, self.val_windows = before.get("val_loss_first"), val_windows
-        if val_windows != (others := before.get("val_windows", val_windows)):
-            self.val_loss_first = None
-            said = f"validation is of {val_windows:,} sequences here and was of {others:,}"
-            if config.trainer.baseline is not Baseline.none:
-                rule = f"{said}, so losses before cannot be compared with a dense model's (trainer.baseline)"
-                fix = "Give as many micro-batches per rank as make the same sequences, or use trainer.baseline=none"
-                raise ConfigError("data.val_batches", config.data.val_batches, rule, fix)
-            if dist.get_rank() == 0:
-                print(f"{said} (data.val_batches is per rank): the first loss is left out", flush=True)
-        self._trained_with = list(before.get(TRAINED_WITH, ()))
-        if (now := of_training(config)) not in self._trained_with:
-            self._trained_with.append(now)
+        self.val_loss_first, self.val_windows = _first_loss(before, val_windows, config), val_windows
+        known, now = list(before.get(TRAINED_WITH, ())), of_training(config)
+        self._trained_with = known if now in known else [*known, now]
         self._step = 0 if start is None else start[1].step
         self._is_saved = start is not None and start[0].parent == self.checkpoints.resolve()
         self._writer: Writer | None = None
@@ -199,6 +189,21 @@ def restore(trainer: Trainer, module: LanguageModule, metrics: Metrics, folder: 
         callback.best_score = torch.as_tensor(callback.best_score)
     if trainer.is_global_zero:
         metrics.history = _history(folder, state.step)
+
+
+def _first_loss(before: dict[str, Any], windows: int, config: Config) -> float | None:
+    """The validation loss that a run began with; None: it begins here, or was of other text. before: of its state."""
+    others = before.get("val_windows", windows)  # not in checkpoints of 0.2.0
+    if windows == others:
+        return before.get("val_loss_first")
+    said = f"validation is of {windows:,} sequences here and was of {others:,}"
+    if config.trainer.baseline is not Baseline.none:
+        rule = f"{said}, so losses before cannot be compared with a dense model's (trainer.baseline)"
+        fix = "Give as many micro-batches per rank as make the same sequences, or use trainer.baseline=none"
+        raise ConfigError("data.val_batches", config.data.val_batches, rule, fix)
+    if dist.get_rank() == 0:
+        print(f"{said} (data.val_batches is per rank): the first loss is left out", flush=True)
+    return None
 
 
 def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moecompile.compose import compose_config
-from moecompile.errors import ConfigError
+from moecompile.errors import ConfigError, PlanError
 from moecompile.plan import FFNSite, Plan
 from moecompile.planner import ModelFacts
 from moecompile.planner.build_plan import build_plan, select
@@ -425,6 +425,17 @@ def test_impossible_plans_are_errors(overrides: list[str], message: str) -> None
         plan(*overrides)
 
 
+def test_experts_without_weights_are_not_in_even_groups() -> None:
+    slices = [
+        "experts.init=virtual_group",
+        "experts.granularity=2",
+        "experts.num_identity=4",
+        "routing.even_groups=true",
+    ]
+    with pytest.raises(PlanError, match=r"routing.even_groups=True: is not for a router with experts.num_identity=4 "):
+        plan(*slices)
+
+
 def test_a_described_step_is_said_to_be_ignored_where_another_one_is_run() -> None:
     def said(*words: str) -> list[str]:
         chosen = compose_config([*words])
@@ -450,4 +461,8 @@ def test_what_only_another_setting_reads_is_said() -> None:
     assert said() == said("balance=aux") == every
     assert said("balance.rule=bias", "experts.init=drop") == every[2:]
     assert said("routing.capacity_factor=1.5") == [*every[:2], *every[3:]]
+    groups = ["routing.group_score=max", "routing.groups=2"]
+    limited = [note.replace("routing.drop", "routing.group_score") for note in every[2:3]]
+    assert said(*groups) == said(*groups, "routing.even_groups=true") == [*every[:3], *limited, *every[3:]]
+    assert said(*groups, "routing.top_groups=1") == every
     assert said("routing.workload=zipf") == [*every[:3], every[4]] and said("routing.workload=hot_block") == every[:4]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY
 from moecompile.metrics_table import read_rows
-from moecompile.plan import LayerPlan, Plan, is_even
+from moecompile.plan import ExpertPlacement, LayerPlan, Plan, is_even
 from moecompile.planner.cost_model.constants import calibrated
 from moecompile.planner.cost_model.counts import count
 from moecompile.planner.cost_model.host import host_seconds
@@ -425,12 +425,13 @@ def expected_load(plan: Plan, config: Config, ep: int | None = None) -> Expected
 
 
 def _uneven(plan: Plan, ep: int) -> list[LayerPlan]:
-    """The layers that are not even on EP groups of `ep` ranks, where a placement for another number has no meaning."""
-    placements = ((each, each.placement) for each in plan.layers)
-    moved = (
-        (each, where if where.ep == ep else replace(where, ep=ep, nodes=1, order=())) for each, where in placements
-    )
-    return [each for each, where in moved if not is_even(each.routing, where)]
+    """The layers that are not even on EP groups of `ep` ranks."""
+
+    def placement(layer: LayerPlan) -> ExpertPlacement:
+        is_planned = layer.placement.ep == ep  # else its order has no meaning
+        return layer.placement if is_planned else ExpertPlacement(num_experts=layer.experts.num_routed, ep=ep)
+
+    return [layer for layer in plan.layers if not is_even(layer.routing, placement(layer))]
 
 
 def loads_of(plan: Plan, config: Config, ep: int) -> list[Load]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LoadHistory
 from moecompile.planner.build_plan import build_plan
 from moecompile.planner.cost_model.forecast import expected_load, measured, synthetic
+from moecompile.planner.search.run import Search
 from tests.planner.test_placement import FACTS, SITES
 
 
@@ -27,6 +30,17 @@ def test_the_load_to_expect_is_that_of_a_layer_that_may_be_uneven() -> None:
     assert found("+per_layer.a={layers: ':1', routing: {even_groups: true}}") == plain  # the second is not
     assert found(even, ep=8) > 1  # a group on two ranks
     assert found(even, ep=2) == 1
+
+
+def test_a_search_keeps_the_load_of_each_router() -> None:
+    search: Any = SimpleNamespace(loads={})
+
+    def found(*overrides: str) -> float:
+        config = compose_config(["mesh=cpu_1x4", "routing.top_k=4", "routing.groups=4", *overrides])
+        return Search.load_of(search, build_plan(SITES, config, FACTS), config)(4)
+
+    plain, even = found(), found("routing.even_groups=true")
+    assert plain > 1.01 and even == 1 and found() == plain and len(search.loads) == 2
 
 
 def test_a_run_by_hand(tmp_path: Path) -> None:
