@@ -27,6 +27,8 @@ def test_a_row_that_was_cut_off_is_none_and_those_before_it_stay(tmp_path: Path)
         assert read_rows(path) == ROWS[: int(length >= first)], whole[:length]
     path.write_bytes(whole)
     assert read_rows(path) == ROWS
+    path.write_bytes(whole.replace(b"1,2.5,\r\n", b"1,2.5,\r\n2,2.3\r\n"))  # cut off before another attempt wrote
+    assert read_rows(path) == ROWS
     assert read_rows(path, without=("train",)) == [{"step": 1.0}, {"step": 2.0, "val_loss": 3.125}]
 
 

@@ -28,6 +28,7 @@ def test_the_load_to_expect_is_that_of_a_layer_that_may_be_uneven() -> None:
     plain = found()
     assert plain > 1.01 and found(even) == 1
     assert found("+per_layer.a={layers: ':1', routing: {even_groups: true}}") == plain  # the second is not
+    assert found("routing=expert_choice", "routing.allow_future=true", "routing.groups=1") == 1
     assert found(even, ep=8) > 1  # a group on two ranks
     assert found(even, ep=2) == 1
 
