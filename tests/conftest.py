@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import guard
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
 _MACHINE = tempfile.TemporaryDirectory(prefix="machine-")  # removed at the end; workers have that of the first process
 os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)
@@ -38,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     from tests import composed
 
+    config.pluginmanager.register(guard.Guard(config))
     composed.use()
 
 
@@ -56,6 +59,13 @@ def pytest_runtestloop() -> None:
 def pytest_unconfigure() -> None:
     gc.collect()
     gc.freeze()  # pytest collects five times more, and so does Python when it ends
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """torch wraps the hook once more for every process group, and each wrapper adds `[rank0]:` to each line."""
+    if torch_private := sys.modules.get("moecompile.torch_private"):
+        sys.excepthook = torch_private.unwrapped(sys.excepthook)
 
 
 @pytest.fixture

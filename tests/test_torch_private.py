@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from moecompile.torch_private import init_process_group, unwrapped
 
 PACKAGE = Path(__file__).parents[1] / "moecompile"
 _OF_OBJECTS = {"_apply", "_buffers", "_modules", "_non_persistent_buffers_set", "_parameters", "_version"}
@@ -54,3 +59,16 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
 )
 def test_one_is_found(code: str) -> None:
     assert [*private_names(code)]
+
+
+def test_groups_of_one_process_wrap_the_hook_once(tmp_path: Path) -> None:
+    """torch wraps it for each: lines of a traceback began with as many `[rank0]:`."""
+    before = sys.excepthook
+    try:
+        for number in range(3):
+            init_process_group("gloo", store=dist.FileStore(str(tmp_path / str(number)), 1), rank=0, world_size=1)
+            dist.destroy_process_group()
+        assert sys.excepthook is not before and unwrapped(sys.excepthook) is before
+        assert inspect.getclosurevars(sys.excepthook).nonlocals["old_hook"] is before
+    finally:
+        sys.excepthook = before

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moecompile import torch_private
 from moecompile.kept_groups import device_mesh, of_members
 from moecompile.mesh import MeshSpec, Part, axes_that_split
 from moecompile.schema import Config
@@ -100,4 +101,4 @@ def init_process_group(config: Config) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # this one
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.trainer.timeout_s))
+    torch_private.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.trainer.timeout_s))
