@@ -766,12 +766,10 @@ class _Comparison:
             checks.append(self._norms())
         checks += self._of_buffers()
         if idle := self._idle():
-            more = f" and {len(idle) - 4} more" * (len(idle) > 4)
-            self.left_out.append(f"gradients that are zero in every step: {', '.join(idle[:4])}{more}")
+            self.left_out.append(f"gradients that are zero in every step: {_some(idle)}")
         if rates := {_plain(n): rate for held in (self.wanted, *self.ranks) for n, rate in held.dropout.items()}:
-            told = ", ".join(f"{name} of {rate:g}" for name, rate in list(rates.items())[:4])
-            more = f" and {len(rates) - 4} more" * (len(rates) > 4)
-            self.left_out.append(f"dropout, whose rates were set to 0 ({told}{more})")
+            told = _some([f"{name} of {rate:g}" for name, rate in rates.items()])
+            self.left_out.append(f"dropout, whose rates were set to 0 ({told})")
         if self.tolerance.weights is None:
             self.left_out.append("updates of weights in float32")
         else:
@@ -881,16 +879,18 @@ class _Comparison:
         return self._worst("gradient norm", differences, self.tolerance.norm)
 
     def _of_buffers(self) -> list[Check]:
-        differences = {}
+        differences, unlike = {}, []
         for name in dict.fromkeys(name for held in (self.wanted, *self.ranks) for name in held.buffers):
             of_all = [held.buffers.get(name) for held in (self.wanted, *self.ranks)]
             values = [each for each in of_all if each is not None]
             if len(values) < len(of_all) or len({each.shape for each in values}) > 1:
-                self.left_out.append(f"buffer {name}, which has another shape on a rank, or is on one side only")
+                unlike.append(name)
             elif values[0].numel():
                 wanted, *held_R = [finite(each.double().flatten()) for each in values]
                 most = self.tolerance.outputs if values[0].is_floating_point() else 0.0
                 differences[name] = difference(torch.stack(held_R), wanted, self.axes, most)
+        if unlike:
+            self.left_out.append(f"buffers with another shape on a rank, or on one side only: {_some(unlike, 6)}")
         return [self._worst("buffers and counts", differences, self.tolerance.outputs)] if differences else []
 
     def _updates(self, most: float) -> Check:
@@ -919,6 +919,11 @@ class _Comparison:
             what = Difference(error=number, text=f"{number} entries")
             self.findings.append(Finding(check=result.name, name=name, difference=what))
         return result
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _row(value: float | None) -> Tensor:

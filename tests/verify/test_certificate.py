@@ -252,7 +252,7 @@ def test_another_reduction_is_a_factor(found: dict[str, Certificate]) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_be_compared_is_said(found: dict[str, Certificate]) -> None:
-    left_out = [text for text in found["other counts"].not_tried if text.startswith("buffer layers.0.load of tokens,")]
+    left_out = [text for text in found["other counts"].not_tried if "layers.0.load of tokens" in text]
     assert len(left_out) == 1 and "on one side only" in left_out[0]
 
 
@@ -328,8 +328,7 @@ def test_steps_that_were_not_tried_are_in_the_verdict(found: dict[str, Certifica
 def test_a_stale_buffer_of_another_name_is_in_the_verdict(found: dict[str, Certificate]) -> None:
     certificate = found["renamed buffer"]
     assert ": passed; not tried: " in certificate.verdict and certificate.verdict in str(certificate).splitlines()
-    for name in ("seen", "kept"):
-        assert f"buffer {name}, which has another shape on a rank, or is on one side only" in certificate.verdict
+    assert "buffers with another shape on a rank, or on one side only: seen, kept" in certificate.verdict
 
 
 def _targets_of_nothing(rank: int, world_size: int) -> str:
