@@ -4,10 +4,14 @@ Algorithm:
   1. Every rank builds the model, whose weights are then moved until each entry has a value of its own (entries.py).
      The user's function makes it parallel. What a rank holds is found again by value, so neither names nor shards have
      to be told; entries that no rank has, or one rank twice, are found too.
-  2. All ranks train some steps: several micro-batches each, with unequal numbers of targets, one rank without any.
-     Rank 0 runs the micro-batches of all ranks in one process. The same again with recomputation.
+     Rates of dropout become 0 on both sides (dropout.py).
+  2. All ranks train some steps: several micro-batches each, with unequal numbers of targets; in the last of several
+     steps one rank has none. Rank 0 runs the micro-batches of all ranks in one process. The same again with
+     recomputation.
   3. Rank 0 compares each entry on each rank: losses, gradients of weights and inputs, norm, counts, weights after the
      last step. Of the worst, diagnosis.py says the factor and the axis.
+  4. If something differs, both sides run again with other random numbers. A side that differs from itself cannot be
+     compared, which is the verdict then.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -44,6 +49,7 @@ from moecompile.runtime.ranks import started_ranks, worker_variables
 from moecompile.torch_private import local_part, tree_leaves, tree_map_only
 from moecompile.verify.checks import ROUNDING, TOLERANCES, Check, Tolerance, counted, explained, with_room
 from moecompile.verify.diagnosis import Axes, Difference, difference
+from moecompile.verify.dropout import without_dropout
 from moecompile.verify.entries import Entries, Places, finite, local_gradient, make_distinct
 from moecompile.version import versions
 
@@ -95,7 +101,8 @@ class Certificate:
     """What `certify` found. It prints as a table.
 
     findings: everything that differs, the largest error of a check first. tried, not_tried: conditions under which the
-    comparison was made; those that the given micro-batches do not have, and what could not be compared.
+    comparison was made; those that it does not cover, and what could not be compared. not_comparable: the side that
+    computes something else each time it runs, and what; of values there are no checks and findings then.
     """
 
     mesh: Mapping[str, int]
@@ -105,27 +112,40 @@ class Certificate:
     tried: Sequence[str]
     not_tried: Sequence[str]
     versions: Mapping[str, str | None]
+    not_comparable: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether every check did."""
-        return all(check.passed for check in self.checks)
+        """Whether values could be compared, and every check passed."""
+        return not self.not_comparable and all(check.passed for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """In one line, with what it does not cover."""
+        said = "passed" if self.passed else "FAILED"
+        if self.not_comparable:
+            wrong = any(not check.passed for check in self.checks)
+            said = f"{'FAILED, and values are ' * wrong}not comparable: {self.not_comparable}"
+        left_out = f"; not tried: {'; '.join(self.not_tried)}" if self.not_tried else ""
+        return f"{_shown(self.mesh)}, {self.dtype}: {said}{left_out}"
 
     def check(self) -> Certificate:
         """Returns itself.
 
         Raises:
-            VerificationFailed: a check failed.
+            VerificationFailed: a check failed, or values could not be compared.
         """
         if not self.passed:
-            name = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-            raise VerificationFailed(name, [f"{each.name} ({each.where})" for each in self.checks if not each.passed])
+            wrong = [f"{each.name} ({each.where})" for each in self.checks if not each.passed]
+            wrong += [f"not comparable: {self.not_comparable}"] if self.not_comparable else []
+            raise VerificationFailed(_shown(self.mesh), wrong)
         return self
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
         fields = {
-            "passed": self.passed, "mesh": dict(self.mesh), "dtype": self.dtype, "tried": list(self.tried),
+            "passed": self.passed, "verdict": self.verdict, "not_comparable": self.not_comparable,
+            "mesh": dict(self.mesh), "dtype": self.dtype, "tried": list(self.tried),
             "not_tried": list(self.not_tried), "versions": dict(self.versions),
             "checks": [check.row() for check in self.checks],
             "findings": [
@@ -140,12 +160,11 @@ class Certificate:
         text = StringIO()
         console = Console(file=text, width=160)
         print_checks([check.row() for check in self.checks], console)
-        ranks = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        console.print(f"\n{ranks}, {self.dtype}: {'passed' if self.passed else 'FAILED'}")
-        console.print(f"tried: {', '.join(self.tried)}")
-        if self.not_tried:
-            console.print(f"not tried: {', '.join(self.not_tried)}")
-        return text.getvalue()
+        return f"{text.getvalue()}\n{self.verdict}\ntried: {', '.join(self.tried)}\n"
+
+
+def _shown(mesh: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
 
 
 def certify(
@@ -173,14 +192,15 @@ def certify(
         build: the whole model, on the CPU. It is called on every rank with the same random numbers.
         parallelize: makes it parallel: (model with other values in its weights, device mesh) -> what this rank trains.
         batch: number of a micro-batch -> what `loss` gets. With "labels" among its keys, some of them are masked, so
-            that micro-batches have unequally many targets and one rank has none; otherwise that is up to `batch`.
+            that micro-batches have unequally many targets, and in the last of several steps one rank has none;
+            otherwise that is up to `batch`.
         mesh: axis -> size.
         loss: (module, batch) -> sum of the losses of the targets, a scalar. None: cross entropy of the next token of
             `module(**batch).logits`.
         reduction: what finished gradients are: "mean", the sum over all micro-batches divided by the number of ranks
             with batches of their own (DDP, FSDP2); "sum"; "targets", the sum divided by the targets of all ranks.
         same_batch: axes whose ranks get the same micro-batches (tensor parallelism).
-        steps: optimizer steps.
+        steps: optimizer steps. A fault that begins later is not seen.
         accumulation: micro-batches of a rank in each step.
         recompute: whether everything is repeated with activation checkpointing of the layers.
         dtype: of weights. float64 tells a wrong factor from rounding best; float32 where a kernel has no other.
@@ -326,31 +346,40 @@ def _in_place(job: _Job) -> Certificate:
     device_mesh = init_device_mesh("cpu", tuple(job.axes.sizes.values()), mesh_dim_names=tuple(job.axes.sizes))
     reference: _Reference | None = None
     variants = {"": False, **({"recomputed, ": True} if job.recompute else {})}
+    sides: list[_Held] = []
+    comparisons: list[_Comparison] = []
     checks: list[Check] = []
-    findings: list[Finding] = []
-    left_out: list[str] = []
     for label, recomputed in variants.items():
-        held = job.in_parallel(device_mesh, recomputed)
+        sides.append(job.in_parallel(device_mesh, recomputed))
         gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-        dist.gather_object(held, gathered or None)
+        dist.gather_object(sides[-1], gathered or None)
         if gathered:
-            reference = reference or job.reference(held.clips)
-            comparison = _Comparison(job, reference, gathered, label)
-            checks += comparison.checks()
-            findings += comparison.findings
-            left_out = comparison.left_out
-    result: list[Any] = [None]
+            reference = reference or job.reference(sides[-1].clips)
+            comparisons.append(_Comparison(job, reference, gathered, label))
+            checks += comparisons[-1].checks()
+    has_failed = _first(any(not check.passed for check in checks))
+    not_comparable = job.not_comparable(device_mesh, sides[0], reference) if has_failed else ""
+    certificate: Certificate | None = None
     if reference is not None:
-        tried, not_tried = job.conditions()
-        result = [
-            Certificate(
-                mesh=dict(job.axes.sizes), dtype=str(job.dtype).removeprefix("torch."), checks=checks,
-                findings=findings, tried=tried, not_tried=[*not_tried, *left_out], versions=versions(),
-            )
-        ]  # fmt: skip
-    dist.broadcast_object_list(result, 0)
-    certificate: Certificate = result[0]
-    return certificate
+        if not_comparable:
+            checks = comparisons[0].of_places()
+            comparisons = comparisons[:1]
+        tried, not_tried = job.conditions(reference.held)
+        left_out = [text for comparison in comparisons for text in comparison.left_out]
+        certificate = Certificate(
+            mesh=dict(job.axes.sizes), dtype=str(job.dtype).removeprefix("torch."), checks=checks,
+            findings=[finding for comparison in comparisons for finding in comparison.findings], tried=tried,
+            not_tried=list(dict.fromkeys([*not_tried, *left_out])), versions=versions(), not_comparable=not_comparable,
+        )  # fmt: skip
+    found: Certificate = _first(certificate)
+    return found
+
+
+def _first(value: Any) -> Any:
+    """What rank 0 gives; all ranks call it."""
+    objects = [value]
+    dist.broadcast_object_list(objects, 0)
+    return objects[0]
 
 
 # -- both sides --------------------------------------------------------------------------------------------------------
@@ -360,15 +389,16 @@ def _in_place(job: _Job) -> Certificate:
 class _Held:
     """The record of one side: one process, or one rank.
 
-    losses: of each micro-batch of step 0. inputs: gradients of its floating-point tensors, by micro-batch of step 0 and
-    place. weights: name -> numbers of the entries that the tensor has (ranks), or values (one process); grads: the same
+    losses: of each micro-batch, by number. inputs: gradients of its floating-point tensors, by number and place.
+    weights: name -> numbers of the entries that the tensor has (ranks), or values (one process); grads: the same
     names, per step, None for a weight without gradient; norms: before clipping, per step, None if torch cannot tell;
-    clips: whether gradients are clipped. buffers, after: buffers and weights after the last step. Of one process only:
-    trained: weights that are not frozen.
+    clips: whether gradients are clipped. buffers, after: buffers and weights after the last step. dropout: rates that
+    were set to 0, by name. draws: whether training took random numbers. Of one process only: trained: weights that are
+    not frozen. Of ranks only: plain: names of tensors that are no DTensors, of whose other shards torch does not know.
     """
 
-    losses: list[float] = field(default_factory=list)
-    inputs: dict[str, Tensor | None] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     grads: list[dict[str, Tensor | None]] = field(default_factory=list)
     norms: list[float | None] = field(default_factory=list)
@@ -376,6 +406,30 @@ class _Held:
     trained: set[str] = field(default_factory=set)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     after: dict[str, Tensor] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+    draws: bool = False
+    plain: set[str] = field(default_factory=set)
+
+    def other(self, again: _Held, most: float) -> str:
+        """What another run of the same side computed otherwise; empty: nothing."""
+        scale = max(map(abs, self.losses.values()), default=0.0)
+        if any(not abs(loss - again.losses[number]) <= most * scale for number, loss in self.losses.items()):
+            return "losses"
+        for step, grads in enumerate(self.grads):
+            pairs = [(grad, again.grads[step].get(name)) for name, grad in grads.items()]
+            scale = max((_largest(grad) for grad, _ in pairs if grad is not None), default=0.0)
+            if any(_apart(one, other) > most * scale for one, other in pairs):
+                return "gradients"
+        scale = max(map(_largest, self.after.values()), default=0.0)
+        if any(_apart(value, again.after[name]) > most * scale for name, value in self.after.items()):
+            return "weights after the last step"
+        return ""
+
+
+def _apart(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None:
+        return 0.0 if one is other else float("inf")
+    return _largest(finite(one.double()).flatten().nan_to_num() - finite(other.double()).flatten().nan_to_num())
 
 
 def _with_rounding(tolerance: Tolerance, held: _Held, exact: _Held) -> Tolerance:
@@ -383,7 +437,12 @@ def _with_rounding(tolerance: Tolerance, held: _Held, exact: _Held) -> Tolerance
     most = ROUNDING[torch.float32] * max((_largest(grad) for grad, _ in pairs if grad is not None), default=0.0)
     grads = [(a.double(), b) for a, b in pairs if a is not None and b is not None and _largest(a) > most]
     norms = [(_row(a), _row(b)) for a, b in zip(held.norms, exact.norms, strict=True)]
+    norms.append((_losses_of(held), _losses_of(exact)))
     return replace(tolerance, grads=with_room(tolerance.grads, grads), norm=with_room(tolerance.norm, norms))
+
+
+def _losses_of(held: _Held) -> Tensor:
+    return finite(torch.tensor(list(held.losses.values()), dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,30 +491,57 @@ class _Job:
         batch = tree_map_only(Tensor, partial(_as_input, dtype=self.dtype), self.batch(number))
         if not _has_labels(batch):
             return batch
-        step, place = divmod(number, self.num_batches * self.accumulation)
         labels = batch["labels"].clone()
-        length = labels.shape[1]
-        without = place // self.accumulation == 1 if self.num_batches > 1 else place % 2 == 1
-        keep = 0 if step == 0 and without else length - number % max(length // 2, 1)
-        labels[:, keep:] = IGNORED
+        columns = torch.where((labels[:, 1:] != IGNORED).any(0))[0] + 1  # those with a target
+        if self._is_without(number):
+            labels[:] = IGNORED
+        elif len(columns):
+            labels[:, columns[-1] + 1 - number % max(len(columns) // 2, 1) :] = IGNORED
         return {**batch, "labels": labels}
 
-    def conditions(self) -> tuple[list[str], list[str]]:
-        """What was tried, and what was not."""
-        per_rank = [
-            [self.micro_batch(self.number(0, index, i)) for i in range(self.accumulation)]
-            for index in range(self.num_batches)
-        ]
-        sizes = [sum(num_targets(b) if _has_labels(b) else _size(b) for b in batches) for batches in per_rank]
+    def _is_without(self, number: int) -> bool:
+        """Whether a micro-batch gets no targets: those of one rank in the last step, if it had some in a step before;
+        of ranks that all have the same, every second one.
+        """
+        step, place = divmod(number, self.num_batches * self.accumulation)
+        if step < self.steps - 1:
+            return False
+        return place // self.accumulation == 1 and self.steps > 1 if self.num_batches > 1 else place % 2 == 1
+
+    def conditions(self, alone: _Held) -> tuple[list[str], list[str]]:
+        """What was tried, and what was not.
+
+        Args:
+            alone: one process.
+        """
+        per_rank = torch.tensor(
+            [
+                [
+                    [self._num_targets(self.number(step, index, i)) for i in range(self.accumulation)]
+                    for index in range(self.num_batches)
+                ]
+                for step in range(self.steps)
+            ]
+        ).sum(2)  # (step, rank)
         all_conditions = {
             f"{self.steps} optimizer steps": True,
             f"{self.accumulation} micro-batches a step": self.accumulation > 1,
-            "unequal numbers of targets": len(set(sizes)) > 1,
-            "a rank without any": self.num_batches > 1 and 0 in sizes,
+            "unequal numbers of targets": bool((per_rank != per_rank[:, :1]).any()),
+            "a rank without any": self.num_batches > 1 and bool((per_rank == 0).any()),
             "recomputation": self.recompute,
         }
         tried = [name for name, holds in all_conditions.items() if holds]
-        return tried, [name for name, holds in all_conditions.items() if not holds]
+        not_tried = [name for name, holds in all_conditions.items() if not holds]
+        for rank in range(self.axes.num_ranks):
+            mine = self.batch_index(rank)
+            numbers = [self.number(s, mine, i) for s in range(self.steps) for i in range(self.accumulation)]
+            if not any(alone.losses[number] for number in numbers):
+                not_tried.append(f"rank {rank}, whose losses are all 0")
+        return tried, [*not_tried, f"more than {self.steps} optimizer steps"]
+
+    def _num_targets(self, number: int) -> int:
+        batch = self.micro_batch(number)
+        return num_targets(batch) if _has_labels(batch) else _size(batch)
 
     def whole(self) -> Parallel:
         """The model with weights that are told apart."""
@@ -473,34 +559,59 @@ class _Job:
             tolerance = _with_rounding(tolerance, held, replace(self, dtype=torch.float64).alone(clips)[1])
         return _Reference(entries=entries, held=held, tolerance=tolerance)
 
-    def alone(self, clips: bool) -> tuple[Entries, _Held]:
-        """One process that runs the micro-batches of all ranks in order."""
+    def alone(self, clips: bool, draws: int | None = None) -> tuple[Entries, _Held]:
+        """One process that runs the micro-batches of all ranks in order. draws: seed of what it draws in training."""
         side, held = self.whole(), _Held(clips=clips)
+        held.dropout = without_dropout(side.module)
         entries = Entries(side.module)
         held.trained = {name for name, weight in side.module.named_parameters() if weight.requires_grad}
         held.weights = {name: weight.detach().clone() for name, weight in side.module.named_parameters()}
         per_step = self.num_batches * self.accumulation
         numbers = [range(step * per_step, (step + 1) * per_step) for step in range(self.steps)]
+        _seed(draws)
         self._train(side, held, numbers, self._divide)
         held.after = {name: weight.detach().clone() for name, weight in side.module.named_parameters()}
         return entries, held
 
-    def in_parallel(self, device_mesh: DeviceMesh, recomputed: bool) -> _Held:
+    def in_parallel(self, device_mesh: DeviceMesh, recomputed: bool, draws: int | None = None) -> _Held:
         """A rank."""
         whole = self.whole().module
-        entries, held = Entries(whole), _Held()
+        entries, held = Entries(whole), _Held(dropout=without_dropout(whole))
         side = _side(self.parallelize(whole, device_mesh), "parallelize")
+        held.dropout |= without_dropout(side.module)  # of modules that it made
         held.clips = side.clip is not None
         if recomputed:
             _recompute(side.module)
         weights = dict(side.module.named_parameters())
         held.weights = {name: entries.locate(local_part(w)) for name, w in weights.items() if w.is_floating_point()}
+        held.plain = {name for name in held.weights if not isinstance(weights[name], DTensor)}
         mine = self.batch_index(dist.get_rank())
         numbers = [[self.number(step, mine, i) for i in range(self.accumulation)] for step in range(self.steps)]
+        _seed(draws)
         self._train(side, held, numbers, None)
         weights = dict(side.module.named_parameters())
         held.after = {name: local_part(weights[name]).detach().clone() for name in held.weights}
         return held
+
+    def not_comparable(self, device_mesh: DeviceMesh, held: _Held, reference: _Reference | None) -> str:
+        """The side that computes something else when it runs again; empty: none. All ranks call it, on which `held` is
+        what they computed the first time; rank 0 with the reference.
+        """
+        most = TOLERANCES[self.dtype].grads
+        texts: list[str] = []
+        if reference is not None:
+            again = self.alone(reference.held.clips, self.seed + 1)[1]
+            if what := reference.held.other(again, most):
+                texts.append(f"one process computes other {what}")
+        draws: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(draws, held.draws)
+        if any(draws):  # else they are wrong in another way each time, which is no reason to pardon them
+            own = held.other(self.in_parallel(device_mesh, False, self.seed + 1), most)
+            of_all: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_all, own)
+            if what := next(filter(None, of_all), ""):
+                texts.append(f"ranks compute other {what}")
+        return f"{' and '.join(texts)} when run again with other random numbers" if texts else ""
 
     def _divide(self, module: nn.Module, targets: int) -> None:
         divisor = {"mean": self.num_batches, "sum": 1, "targets": max(targets, 1)}[self.reduction]
@@ -514,7 +625,8 @@ class _Job:
     ) -> None:  # fmt: skip
         module = side.module.train()
         optimizer = side.optimizer(module) if side.optimizer else _adamw(module)
-        for step, of_step in enumerate(numbers):
+        before = _generators()
+        for of_step in numbers:
             optimizer.zero_grad()
             targets = 0
             for number in of_step:
@@ -528,9 +640,8 @@ class _Job:
                     raise ArgumentError("loss", shown, "it must return a scalar", "Return the sum over all targets")
                 loss.backward()
                 targets += num_targets(batch)
-                if step == 0:
-                    held.losses.append(float(loss.detach()))
-                    held.inputs.update({f"{number}, tensor {i}": tensor.grad for i, tensor in enumerate(inputs)})
+                held.losses[number] = float(loss.detach())
+                held.inputs.update({(number, i): tensor.grad for i, tensor in enumerate(inputs)})
             if divide is not None:
                 divide(module, targets)
             if side.finish is not None:
@@ -542,6 +653,7 @@ class _Job:
             )
             held.norms.append(_norm(side, held.clips))
             optimizer.step()
+        held.draws = _generators() != before
         held.buffers = {_plain(name): local_part(buffer).clone() for name, buffer in module.named_buffers()}
         if side.counts is not None:
             held.buffers.update({name: local_part(value).clone() for name, value in side.counts().items()})
@@ -554,6 +666,20 @@ def _side(made: object, function: str) -> Parallel:
         rule = "it must return a torch.nn.Module, or a moecompile.Parallel with one"
         raise ArgumentError(function, type(side.module).__name__, rule, "Return the model that is trained")
     return side
+
+
+def _generators() -> list[object]:
+    """The state of all that random numbers are usually drawn from."""
+    states: list[object] = [torch.get_rng_state().tolist(), random.getstate()]
+    if numpy := sys.modules.get("numpy"):
+        _, keys, place, *_ = numpy.random.get_state()
+        states.append((keys.tolist(), place))
+    return states
+
+
+def _seed(draws: int | None) -> None:
+    if draws is not None:
+        torch.manual_seed(draws)
 
 
 def _adamw(module: nn.Module) -> torch.optim.Optimizer:
@@ -624,53 +750,87 @@ class _Comparison:
 
     def checks(self) -> list[Check]:
         """All of them."""
-        checks = [] if self.label else [self._counted(*fault) for fault in self.places.faults().items()]
-        checks.append(self._losses())
-        if any(held.inputs for held in self.ranks):
-            checks.append(self._inputs())
+        checks = [] if self.label else self.of_places()
         for step in range(self.job.steps):
+            checks.append(self._losses(step))
+            if any(held.inputs for held in self.ranks):
+                checks.append(self._inputs(step))
             checks += self._gradients(step)
-        if all(None not in held.norms for held in (self.wanted, *self.ranks)):
-            checks.append(self._norms())
-        else:
+        if any(None in held.norms for held in (self.wanted, *self.ranks)):
             self.left_out.append("gradient norm, which torch cannot tell over several meshes: give Parallel.clip")
+        elif local := self._local_shards():
+            self.left_out.append(
+                f"gradient norm, which torch tells of a rank's own shards alone ({local}): give Parallel.clip"
+            )
+        else:
+            checks.append(self._norms())
         checks += self._of_buffers()
         if idle := self._idle():
-            more = f" and {len(idle) - 4} more" * (len(idle) > 4)
-            self.left_out.append(f"gradients that are zero in every step: {', '.join(idle[:4])}{more}")
+            self.left_out.append(f"gradients that are zero in every step: {_some(idle)}")
+        if rates := {_plain(n): rate for held in (self.wanted, *self.ranks) for n, rate in held.dropout.items()}:
+            told = _some([f"{name} of {rate:g}" for name, rate in rates.items()])
+            self.left_out.append(f"dropout, whose rates were set to 0 ({told})")
         if self.tolerance.weights is None:
             self.left_out.append("updates of weights in float32")
         else:
             checks.append(self._updates(self.tolerance.weights))
         return checks
 
-    def _losses(self) -> Check:
-        pairs = []
-        for rank, held in enumerate(self.ranks):
-            mine = self.job.batch_index(rank)
-            for i, loss in enumerate(held.losses):
-                wanted = self.wanted.losses[self.job.number(0, mine, i)]
-                pairs.append((f"micro-batch {i} of rank {rank}", loss, wanted))
-        scale = max(abs(wanted) for _, _, wanted in pairs)
+    def of_places(self) -> list[Check]:
+        """Whether the ranks have all entries of the model and no others; there are no other findings then."""
+        self.findings = []
+        return [self._counted(*fault) for fault in self.places.faults().items()]
+
+    def _losses(self, step: int) -> Check:
+        pairs = {
+            f"micro-batch {i} of rank {rank}": (held.losses[number], self.wanted.losses[number])
+            for rank, held in enumerate(self.ranks)
+            for i, number in self._numbers(step, rank)
+        }
+        scale = max(abs(wanted) for _, wanted in pairs.values())
         differences = {
             name: difference(_row(got), _row(wanted)[0], Axes({}), self.tolerance.norm, scale)
-            for name, got, wanted in pairs
+            for name, (got, wanted) in pairs.items()
         }
-        return self._worst("losses of micro-batches", differences, self.tolerance.norm)
+        return self._worst(f"step {step}: losses of micro-batches", differences, self.tolerance.norm)
 
-    def _inputs(self) -> Check:
+    def _numbers(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
+        """The micro-batches of a rank: which of its own, and which of all."""
+        mine = self.job.batch_index(rank)
+        return ((i, self.job.number(step, mine, i)) for i in range(self.job.accumulation))
+
+    def _inputs(self, step: int) -> Check:
         differences = {}
         for rank, held in enumerate(self.ranks):
-            for name, grad in held.inputs.items():
-                wanted = self.wanted.inputs[name]
-                key = f"micro-batch {name} on rank {rank}"
+            numbers = {number for _, number in self._numbers(step, rank)}
+            for (number, place), grad in held.inputs.items():
+                if number not in numbers:
+                    continue
+                wanted = self.wanted.inputs[number, place]
+                key = f"micro-batch {number}, tensor {place} on rank {rank}"
                 if grad is None or wanted is None:
                     if (grad is None) != (wanted is None):
                         differences[key] = Difference(error=float("inf"), text="on one side only")
                     continue
                 rows = finite(grad.double().flatten()).unsqueeze(0)
                 differences[key] = difference(rows, wanted.double().flatten(), Axes({}), self.tolerance.grads)
-        return self._worst("gradients of inputs", differences, self.tolerance.grads)
+        return self._worst(f"step {step}: gradients of inputs", differences, self.tolerance.grads)
+
+    def _local_shards(self) -> str:
+        """A weight whose norm torch cannot know on a rank, which holds a part of it in a tensor that is no DTensor."""
+        if any(held.clips for held in self.ranks):
+            return ""
+        for weight, by_rank in self.places.parts.items():
+            _, shape = self.entries.weights[weight]
+            is_seen_RN = torch.zeros(len(by_rank), shape.numel(), dtype=torch.bool)
+            for rank, parts in enumerate(by_rank):
+                for name, _, there in parts:
+                    of_ranks = slice(rank, rank + 1) if name in self.ranks[rank].plain else slice(None)
+                    is_seen_RN[of_ranks, there] = True
+            is_partial_R = ~is_seen_RN.all(1)
+            if weight in self.wanted.trained and is_partial_R.any() and is_seen_RN.any(0).all():
+                return f"{weight} on rank {int(is_partial_R.long().argmax())}"
+        return ""
 
     def _gradients(self, step: int) -> list[Check]:
         differences, missing = {}, Counter[str]()
@@ -719,16 +879,18 @@ class _Comparison:
         return self._worst("gradient norm", differences, self.tolerance.norm)
 
     def _of_buffers(self) -> list[Check]:
-        differences = {}
+        differences, unlike = {}, []
         for name in dict.fromkeys(name for held in (self.wanted, *self.ranks) for name in held.buffers):
             of_all = [held.buffers.get(name) for held in (self.wanted, *self.ranks)]
             values = [each for each in of_all if each is not None]
             if len(values) < len(of_all) or len({each.shape for each in values}) > 1:
-                self.left_out.append(f"buffer {name}, which has another shape on a rank, or is on one side only")
+                unlike.append(name)
             elif values[0].numel():
                 wanted, *held_R = [finite(each.double().flatten()) for each in values]
                 most = self.tolerance.outputs if values[0].is_floating_point() else 0.0
                 differences[name] = difference(torch.stack(held_R), wanted, self.axes, most)
+        if unlike:
+            self.left_out.append(f"buffers with another shape on a rank, or on one side only: {_some(unlike, 6)}")
         return [self._worst("buffers and counts", differences, self.tolerance.outputs)] if differences else []
 
     def _updates(self, most: float) -> Check:
@@ -757,6 +919,11 @@ class _Comparison:
             what = Difference(error=number, text=f"{number} entries")
             self.findings.append(Finding(check=result.name, name=name, difference=what))
         return result
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _row(value: float | None) -> Tensor:

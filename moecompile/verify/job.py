@@ -33,6 +33,7 @@ from moecompile.runtime.module import LanguageModule
 from moecompile.schema import Config, accumulation_steps, mesh_spec
 from moecompile.torch_private import in_backward
 from moecompile.verify.diagnosis import Axes
+from moecompile.verify.dropout import without_dropout
 from moecompile.verify.entries import Places, make_distinct
 
 _EXPERT_STD, _ROUTER_STD = 0.1, 0.5
@@ -87,7 +88,7 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
     model = compile_model(model, config, example=example_inputs(model, config.data.seq_len), plan=plan)
     _randomize(model, config.seed)
     make_distinct(model, config.seed)
-    _without_dropout(model)
+    without_dropout(model)
     return model
 
 
@@ -118,15 +119,6 @@ def _randomize(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if side_of(name):  # one half of them starts at zero, so that the other half would have no gradient
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _EXPERT_STD)
-
-
-def _without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:  # rates that a layer passes to F.dropout
-                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
