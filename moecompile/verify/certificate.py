@@ -46,7 +46,7 @@ from moecompile.errors import ArgumentError, UserError, VerificationFailed
 from moecompile.report.console import print_checks
 from moecompile.runtime.data import IGNORED
 from moecompile.runtime.ranks import started_ranks, worker_variables
-from moecompile.torch_private import local_part, tree_leaves, tree_map_only
+from moecompile.torch_private import init_process_group, local_part, tree_leaves, tree_map_only
 from moecompile.verify.checks import ROUNDING, TOLERANCES, Check, Tolerance, counted, explained, with_room
 from moecompile.verify.diagnosis import Axes, Difference, difference
 from moecompile.verify.dropout import without_dropout
@@ -222,7 +222,7 @@ def certify(
     if dist.is_initialized():
         return _in_place(job)
     if started_ranks() is not None:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         try:
             return _in_place(job)
         finally:
@@ -317,7 +317,7 @@ def _rank(rank: int, job: _Job, port: int, timeout_s: float, path: Path) -> None
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=job.axes.num_ranks, timeout=timeout)
+    init_process_group("gloo", store=store, rank=rank, world_size=job.axes.num_ranks, timeout=timeout)
     try:
         certificate = _in_place(job)
     except UserError as error:
