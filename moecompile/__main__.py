@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moecompile import clock, waiting
+from moecompile import clock, hub_kernels, waiting
 from moecompile.errors import RankFailure
 from moecompile.rundir import OVERRIDES, output_dir
 from moecompile.runtime.ranks import started_ranks
@@ -23,6 +23,7 @@ def main() -> int:
     If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its commands.
     """
     ranks = started_ranks()
+    hub_kernels.switch_off(told=ranks is None or ranks.rank == 0)
     if ranks is None:
         return _command_line()
     from moecompile.runtime import external_launch

@@ -207,9 +207,9 @@ def test_a_reason_is_that_of_the_last_answer() -> None:
     kept = facts_of(tiny_llama(), {"input_ids": ids()}).kept
     assert kept is not None
     with mock.patch("moecompile.pipeline.kept._alone", side_effect=IndexError):
-        assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+        assert not kept(4, 16, 1, False) and kept.reason == "model.layers.0: IndexError"
     assert kept(4, 32, 1, False) and not kept.reason
-    assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+    assert not kept(4, 16, 1, False) and kept.reason == "model.layers.0: IndexError"
 
 
 def test_a_model_of_rows_of_numbers_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -267,7 +267,7 @@ def test_longer_sequences_grow_as_those_that_are_run() -> None:
 
 def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise IndexError
+        raise IndexError("no   such\nplace.")
 
     facts = facts_of(eager(tiny_llama()), {"input_ids": ids()})
     run = RunFacts(tokens_per_rank=64, compute_bytes=4)
@@ -276,7 +276,7 @@ def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
     says = (
         ". What its layers keep is taken as Llama's, without the scores of eager attention: their code could not be run"
     )
-    assert text.endswith(f"{says} (IndexError)")
+    assert text.endswith(f"{says} (model.layers.0: IndexError: no such place)")
     assert facts_of(tiny_llama()).kept is None  # without an example
 
 
