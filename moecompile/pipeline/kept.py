@@ -302,6 +302,7 @@ def _calls_of(
     def instead(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of the first one of its kind, with the hidden states of this call."""
         note(kind, layer, args, kwargs)
+        at(None)
         output = calls[kind].output
         return _replaced(output, _hidden(output), _hidden((args, kwargs)))
 

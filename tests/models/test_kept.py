@@ -147,6 +147,16 @@ def test_a_dense_model_saves_what_is_counted(name: str, precision: str) -> None:
         assert counted(model, name, batch, precision, with_ffn=True) == pytest.approx(found, rel=0.01)
 
 
+def test_a_model_of_a_folder_saves_what_is_counted_by_its_own_code(tmp_path: Path) -> None:
+    """Every folder was taken for a Llama, where transformers puts kernels of a hub into copies without values."""
+    made: Any = model_of("gemma2", **LONG)
+    made.save_pretrained(tmp_path)
+    model = build_model(ModelConfig(pretrained=str(tmp_path)), 0)
+    plan = make_plan(model, ["experts.num_routed=4"], example=inputs_of("gemma2"))
+    assert plan.estimate is not None and reason_not_counted(plan.estimate.largest) is None
+    assert counted(model, "gemma2", 1, "fp32", with_ffn=True) == pytest.approx(saved(model, "gemma2", 1, "fp32"), rel=0.01)
+
+
 EXPERTS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: moe_model("mixtral", **LONG),
     "gpt_oss": lambda: moe_model("gpt_oss", **LONG),  # eager, with sinks
@@ -273,6 +283,7 @@ def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
     run = RunFacts(tokens_per_rank=64, compute_bytes=4)
     with mock.patch("moecompile.pipeline.kept._alone", broken):
         text = largest_in_words(memory_of_fullest_rank((), MeshSpec(), facts, run), (), MeshSpec(), facts, run)
+        assert reason_not_counted(text) == "model.layers.0: IndexError: no such place"
     says = (
         ". What its layers keep is taken as Llama's, without the scores of eager attention: their code could not be run"
     )
