@@ -60,6 +60,9 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
         resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config
+    from moecompile.tasks.inputs import check_packages
+
+    check_packages(config)  # before files are read
     config = _with_epochs(with_plan(with_placement(config)))
     if config.mesh.ep == SEARCHED and config.task.name is not TaskName.search:
         from moecompile.tasks.layout import with_layout  # imports torch

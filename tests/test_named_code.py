@@ -303,6 +303,7 @@ RUN_AND_IMPORT = {
     "runtime/slurm.py": {"subprocess.run": 1},  # commands of SLURM
     "runtime/trainer_checkpoint.py": {"torch.load": 1},  # weights_only
     "tasks/__init__.py": {"importlib.import_module": 1},  # by the name of a task, an enum
+    "tasks/inputs.py": {"importlib.util.find_spec": 1},  # of peft
     "tasks/launched.py": {"importlib.import_module": 1},  # so, too
     "tasks/rehearse.py": {"subprocess.Popen": 1},  # this Python, a module of the package
 }

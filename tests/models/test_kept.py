@@ -17,15 +17,24 @@ from moecompile.capture import layers_of
 from moecompile.compose import compose_config
 from moecompile.match.sites import may_be_experts
 from moecompile.mesh import MeshSpec
+from moecompile.models.build import build_model
 from moecompile.passes.context_parallel import configs_of
+from moecompile.pipeline import make_plan
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import facts_of
 from moecompile.pipeline.kept import LONG as LONGEST
 from moecompile.pipeline.kept import KeptLayers, kinds_of
 from moecompile.plan import FFN
 from moecompile.planner import ModelFacts, RunFacts
-from moecompile.planner.memory import activations, largest_in_words, layer_bytes, memory_of_fullest_rank
+from moecompile.planner.memory import (
+    activations,
+    largest_in_words,
+    layer_bytes,
+    memory_of_fullest_rank,
+    reason_not_counted,
+)
 from moecompile.planner.params import LayerFact, LayerKept, SplitFact
+from moecompile.schema import ModelConfig
 from moecompile.torch_private import tree_leaves
 from tests.architectures import inputs_of, model_of
 from tests.distributed.classifier import Classifier
@@ -154,7 +163,9 @@ def test_a_model_of_a_folder_saves_what_is_counted_by_its_own_code(tmp_path: Pat
     model = build_model(ModelConfig(pretrained=str(tmp_path)), 0)
     plan = make_plan(model, ["experts.num_routed=4"], example=inputs_of("gemma2"))
     assert plan.estimate is not None and reason_not_counted(plan.estimate.largest) is None
-    assert counted(model, "gemma2", 1, "fp32", with_ffn=True) == pytest.approx(saved(model, "gemma2", 1, "fp32"), rel=0.01)
+    assert counted(model, "gemma2", 1, "fp32", with_ffn=True) == pytest.approx(
+        saved(model, "gemma2", 1, "fp32"), rel=0.01
+    )
 
 
 EXPERTS: dict[str, Callable[[], nn.Module]] = {

@@ -326,3 +326,15 @@ def test_the_command_line_leaves_nothing(folder: Path, tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("use", [check_inputs, lambda config: _prepare(config, Path("none"))])
+def test_a_missing_peft_is_refused_before_files_are_read(use: Any) -> None:
+    words = ["adapters.kind=lora", "data.path=/not/there.txt", "experts.sites=existing"]
+    config = compose_config(["task=train", *words])
+    says = "adapters.kind=lora: adapters of linears need the package peft. pip install 'moecompile[lora]'."
+    with mock.patch("importlib.util.find_spec", return_value=None), pytest.raises(ConfigError) as raised:
+        use(config)
+    assert str(raised.value) == says
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        check_packages(replace(config, adapters=replace(config.adapters, dense=None)))  # of experts alone
