@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moecompile.__main__ import _prepare
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.tasks.data import data_fields, read_data, with_epochs
 from moecompile.tasks.data import run as read_and_show
-from moecompile.tasks.inputs import check_inputs
+from moecompile.tasks.inputs import check_inputs, check_packages
 from moecompile.tasks.layout import with_layout
 from tests.chat_models import CHATML, chats, save_mixtral, write_lines
 from tests.models.packaged import install
