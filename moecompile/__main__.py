@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moecompile import clock, waiting
+from moecompile import clock, hub_kernels, waiting
 from moecompile.errors import RankFailure
 from moecompile.rundir import OVERRIDES, output_dir
 from moecompile.runtime.ranks import started_ranks
@@ -23,6 +23,7 @@ def main() -> int:
     If torchrun or SLURM has started the ranks, only rank 0 runs it and prints; the others follow its commands.
     """
     ranks = started_ranks()
+    hub_kernels.switch_off(told=ranks is None or ranks.rank == 0)
     if ranks is None:
         return _command_line()
     from moecompile.runtime import external_launch
@@ -59,6 +60,9 @@ def _prepare(config: Config, run_dir: Path) -> Config:
     if config.task.name is TaskName.submit:  # what its job would refuse is refused before it waits
         resumed(_with_epochs(with_plan(with_placement(of_the_job(config)))), run_dir)
         return config
+    from moecompile.tasks.inputs import check_packages
+
+    check_packages(config)  # before files are read
     config = _with_epochs(with_plan(with_placement(config)))
     if config.mesh.ep == SEARCHED and config.task.name is not TaskName.search:
         from moecompile.tasks.layout import with_layout  # imports torch

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompile import hub_kernels
 from moecompile.errors import PlanError
 from moecompile.nn.existing import ExistingExperts
 from moecompile.passes.adapters import routers_to_train
@@ -46,17 +47,19 @@ def with_adapters(base: nn.Module, trained: nn.Module, plan: Plan, *, alone: boo
     """
     from peft import get_peft_model
 
+    for model in (base, trained):
+        hub_kernels.take_off(model)
     before, weights = dict(base.state_dict()), dict(trained.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
-        model: Any = get_peft_model(base, _config(base, trained, plan))
+        adapted: Any = get_peft_model(base, _config(base, trained, plan))
     used: set[str] = set()
-    for path, module in model.get_base_model().named_modules():
+    for path, module in adapted.get_base_model().named_modules():
         if type(module).__name__ == "ParamWrapper":
             _fill_stacked(module, path, trained, weights, used)
         elif hasattr(module, "lora_A"):
             _fill(module, path, weights, used)
-    routers = _saved_routers(model, trained, plan)
+    routers = _saved_routers(adapted, trained, plan)
     for name, saved in routers.items():
         _copy(name, weights[name], saved)
     for name, value in _changed(before, weights).items():  # Step 3
@@ -66,7 +69,7 @@ def with_adapters(base: nn.Module, trained: nn.Module, plan: Plan, *, alone: boo
         _copy(name, value, before[name])
     if unused := [name for name in weights if (".lora_A." in name or ".lora_B." in name) and name not in used]:
         raise PlanError("adapters", unused[0], "was trained, and peft's model has no such adapter", "Report this")
-    return model
+    return adapted
 
 
 def load_adapters(base: nn.Module, folder: Path) -> nn.Module:

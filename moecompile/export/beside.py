@@ -13,6 +13,7 @@ from typing import Any
 
 from moecompile.errors import VerificationFailed
 from moecompile.models.chat import load_tokenizer
+from moecompile.models.without_hub_code import read_config
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".index.json")
 _NEVER = (
@@ -63,9 +64,7 @@ def compare(original: Path, folder: Path, *, tokenizer: bool) -> None:
 
 
 def _differences(original: Path, folder: Path, tokenizer: bool) -> Iterator[str]:
-    from transformers import AutoConfig
-
-    before, after = (AutoConfig.from_pretrained(path, trust_remote_code=False) for path in (original, folder))
+    before, after = (read_config(path, "export.path", folder) for path in (original, folder))
     kept = after.to_dict()
     for key, value in own_fields(before).items():
         if kept.get(key) != value:

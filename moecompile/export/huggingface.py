@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompile import hub_kernels
 from moecompile.errors import ConfigError
 from moecompile.export.beside import own_fields
 from moecompile.export.families import (
@@ -34,6 +35,7 @@ from moecompile.export.families import (
 from moecompile.models.build import class_of, empty_of, no_progress_bars
 from moecompile.models.chat import load_tokenizer
 from moecompile.models.loading import refuse_incomplete
+from moecompile.models.without_hub_code import load, read_config
 from moecompile.nn.own_router import own_routers
 from moecompile.plan import ExpertsSite, Plan
 from moecompile.schema import AdapterKind, Config
@@ -100,6 +102,7 @@ def write(model: nn.Module, target: Target, folder: Path) -> str:
     Raises:
         ConfigError: the family has no such weight, or lacks one.
     """
+    hub_kernels.take_off(model)
     weights = dict(model.state_dict())
     if target.family is not None and target.form is not None:
         weights = family_weights(weights, target.form, target.family)
@@ -122,12 +125,10 @@ def reload(folder: Path) -> nn.Module:
     Raises:
         ConfigError: the weights are not exactly those that transformers expects.
     """
-    from transformers import AutoConfig
-
-    kind = class_of(AutoConfig.from_pretrained(folder))
+    kind = class_of(read_config(folder, "export.path", folder))
     with no_progress_bars():
-        loaded, info = kind.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True,
+        loaded, info = load(
+            kind, folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     refuse_incomplete(info, "export.path", folder, "Report this")

@@ -21,6 +21,7 @@ from moecompile.models.initial import MOST_REPLAYED, Keyed, Replayed, fill_whole
 from moecompile.models.loading import UNREADABLE, dequantized, refuse_incomplete, unconverted_weights, unreadable
 from moecompile.models.packages import check_package, package_folder
 from moecompile.models.recorded import NotRecorded
+from moecompile.models.without_hub_code import load, make, read_config, refuse_attention, refuse_code
 from moecompile.named_code import FACTORY, imported
 from moecompile.schema import ModelAttention, ModelConfig, ModelDevice, ModelInit
 
@@ -122,13 +123,12 @@ def config_of(model: ModelConfig) -> Any | None:
     folder = Path(model.pretrained) if model.pretrained else check_package(model.package) if model.package else None
     if folder is None:
         return None
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return read_config(folder, "model.pretrained", folder)
+    except ConfigError:
+        raise
     except Exception as error:  # the code of the config may raise anything
         raise unreadable(error, "model.pretrained", folder) from error
-    return _with_own_attention(config, "model.pretrained", folder)
 
 
 def check_buildable(model: ModelConfig) -> None:
@@ -149,14 +149,10 @@ def build_empty(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     Args:
         dtype: of the weights, if the folder's config does not name one.
     """
-    from transformers import AutoConfig
-
     folder = pretrained_folder(model)
     assert folder is not None
     try:
-        config = _with_own_attention(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False), "model.pretrained", folder
-        )
+        config = read_config(folder, "model.pretrained", folder)
         dequantized(config, "model.pretrained", folder)
         with _attention_checked(model):
             empty = empty_of(config, dtype=config.dtype or dtype, **_implementations(model))
@@ -176,10 +172,8 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
 
 def empty_of(config: Any, **options: Any) -> nn.Module:
     """The model of a transformers config, on the meta device."""
-    kind = class_of(config)
-    build = getattr(kind, "from_config", None) or kind._from_config  # an auto class, or a model's own
     with torch.device("meta"):
-        empty: nn.Module = build(config, **options)
+        empty: nn.Module = make(class_of(config), config, **options)
     return empty
 
 
@@ -202,7 +196,7 @@ def _from_architecture(model: ModelConfig) -> nn.Module:
     config = _config_from_keys(model)
     try:
         with _attention_checked(model):
-            built: nn.Module = auto_class(str(model.architecture)).from_config(config, **_implementations(model))
+            built: nn.Module = make(auto_class(str(model.architecture)), config, **_implementations(model))
     except ConfigError:
         raise
     except Exception as error:
@@ -238,6 +232,7 @@ def _config_from_keys(model: ModelConfig) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    refuse_code(model.config, "model.config", model.name)
     if model.architecture not in CONFIG_MAPPING:
         close = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), 2)
         raise ConfigError(
@@ -259,21 +254,7 @@ def _config_from_keys(model: ModelConfig) -> Any:
         config = AutoConfig.for_model(architecture, **model.config)
     except Exception as error:
         raise _not_buildable(model, error) from error
-    return _with_own_attention(config, "model.config", model.name)
-
-
-def _with_own_attention(config: Any, path: str, value: Any) -> Any:
-    """The config, unless it names attention of a hub (`OWNER/REPOSITORY`), which transformers would load and run.
-
-    Raises:
-        ConfigError: it does.
-    """
-    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
-        name = getattr(each, "_attn_implementation", None)
-        if isinstance(name, str) and "/" in name:
-            rule = f"names code of a hub to run, attn_implementation={name}"
-            raise ConfigError(path, value, rule, "Remove it there: attention is computed by transformers itself")
-    return config
+    return refuse_attention(config, "model.config", model.name)
 
 
 def _not_buildable(model: ModelConfig, error: Exception) -> ConfigError:
@@ -293,16 +274,14 @@ def _reads(config_class: type, key: str) -> bool:
 
 
 def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
-    from transformers import AutoConfig
-
     path = "model.package" if model.package else "model.pretrained"
     value, unconverted = model.package or str(folder), list[str]()
     try:
-        config = _with_own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False), path, value)
+        config = read_config(folder, path, value)
         with no_progress_bars(), unconverted_weights() as unconverted, _attention_checked(model):
             loaded: nn.Module
-            loaded, info = class_of(config).from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
+            loaded, info = load(
+                class_of(config), folder, use_safetensors=True, dtype="auto", output_loading_info=True,
                 ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:

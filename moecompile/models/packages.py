@@ -17,6 +17,7 @@ from typing import Any
 from moecompile.atomic import creating, locked
 from moecompile.errors import ConfigError
 from moecompile.models.loading import UNREADABLE, refuse_incomplete
+from moecompile.models.without_hub_code import load
 
 READERS = ("gguf", "accelerate")
 """Packages that transformers needs to read a GGUF file."""
@@ -110,14 +111,12 @@ def _convert(package: str, gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
-        load: Any = AutoModelForCausalLM.from_pretrained
         loaded, info = load(
-            gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source,
-            **_unpacked(),
+            AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, **_unpacked(),
         )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except UNREADABLE as error:
         raise ConfigError(
             "model.package", package, f"transformers cannot read its {gguf.name}: {error}", "Name another package"

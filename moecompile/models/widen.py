@@ -39,10 +39,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompile import hub_kernels
 from moecompile.arguments import check_example, check_model
 from moecompile.capture import Example, call_with, in_mode, is_meta
 from moecompile.errors import ArgumentError, ConfigError
 from moecompile.match.experts import ExpertsMatch
+from moecompile.models.without_hub_code import make
 from moecompile.nn.existing import CORRECTION_BIAS
 from moecompile.nn.scaled_input import standard_calls
 from moecompile.pipeline.captured import capture_planned
@@ -110,6 +112,7 @@ def widen_experts(
     check_model(model)
     check_example(example)
     _check(factor, top_k, noise)
+    hub_kernels.take_off(model)
     sites = moe_sites(model, example, top_k)  # Step 1
     copies = {
         site.fqn: _copied(site, factor, None if load is None else _load_of(load, site)) for site in sites
@@ -243,7 +246,7 @@ def _larger(
     first = next(model.parameters())
     kind: Any = type(model)  # the class itself: auto classes do not know all
     with torch.device("meta"):
-        wide: nn.Module = kind._from_config(config, dtype=first.dtype, experts_implementation="eager")
+        wide: nn.Module = make(kind, config, dtype=first.dtype, experts_implementation="eager")
     wide.to_empty(device=first.device)
     wide.tie_weights()  # type: ignore[operator]
     old = dict(_tensors(model))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moecompile import hub_kernels
 from moecompile.arguments import check_device_mesh, check_example, check_graph, check_model, check_overrides, check_plan
 from moecompile.capture import Example, is_meta, replace_regions
 from moecompile.compose import compose_config
@@ -204,6 +205,7 @@ def compile_with_report(
 ) -> Compilation:
     """`compile_model` with a full report: sites, pass records, graphs before and after, step-0 difference."""
     _check(model, example, plan, device_mesh, until)
+    hub_kernels.take_off(model)
     with standard_calls(model, example):
         return _compiled(model, overrides, example, plan, device_mesh, until)
 

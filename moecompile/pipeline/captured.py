@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from moecompile import hub_kernels
 from moecompile.capture import Example, Recording
 from moecompile.errors import CaptureError
 from moecompile.match.boundaries import Boundaries
@@ -30,6 +31,7 @@ def planning_facts(
     model: nn.Module, config: Config, example: Example, plan: Plan | None = None
 ) -> tuple[Sequence[PlannedSite], ModelFacts]:
     """All that planning needs of a model: its sites (those of `plan`, if it is given), and its sizes."""
+    hub_kernels.take_off(model)
     with standard_calls(model, example):
         captured = capture_planned(model, plan, config, example)
         return captured.sites, facts_of(model, example, captured, config.mesh)

@@ -49,6 +49,7 @@ _MAKES_SCORES = "eager"
 _INSTEAD = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
 """Implementation that makes no matrices of scores on a GPU -> whether a model has it."""
 _INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "training")
+_LONGEST_REASON = 200
 _LEAST_SHARE = 0.01  # of the bytes that grow with pairs, in all; less is rounding
 _DTYPES = {dtype.itemsize: dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
@@ -108,7 +109,7 @@ class KeptLayers:
         self.instead = tuple(name for name, has in _INSTEAD.items() if getattr(model, has, False))
         mixers = tuple(f"{fact.path}.{name}." for fact in facts for name in dict(fact.parts).get(ATTENTION, ()))
         self.is_split = any(split.style == "colwise" and f"{split.path}.".startswith(mixers) for split in splits)
-        self.reason = ""
+        self.reason = self._where = ""
         self._facts, self._known = facts, dict[tuple[int, int, int, bool], tuple[Mapping[str, LayerKept], str]]()
         most = dtype_of_most(model.parameters())
         self._wide = {name: x.dtype for name, x in model.named_parameters() if x.dtype is not most}
@@ -118,7 +119,7 @@ class KeptLayers:
             try:
                 self._model, self._example = _copy(model), _without_values_that_say(model, example)
             except Exception as error:  # an estimate must not end a compilation
-                self.reason = type(error).__name__
+                self.reason = _in_words(error, "a copy without values")
 
     def __call__(
         self, compute_bytes: int, seq_len: int, micro_batch_size: int, is_mixed: bool
@@ -134,7 +135,7 @@ class KeptLayers:
     def _counted(self, compute_bytes: int, seq_len: int, batch: int, is_mixed: bool) -> Mapping[str, LayerKept]:
         if self._model is None:
             return {}
-        length, self.reason = min(seq_len, LONG), ""
+        length, self.reason, self._where = min(seq_len, LONG), "", "the forward"
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.inference_mode(mode=False))  # with gradients, whatever the caller has
@@ -152,7 +153,7 @@ class KeptLayers:
                 half = self._of_batch(model, batch, length // 2) if has_pairs else {}
             by_kind = {kind: _fact(of, half.get(kind), batch, length) for kind, of in whole.items()}
         except Exception as error:  # code of the model that cannot do this
-            self.reason = type(error).__name__
+            self.reason = _in_words(error, self._where)
             return {}
         return {fact.path: by_kind[fact.kind] for fact in self._facts if fact.kind in by_kind}
 
@@ -184,13 +185,27 @@ class KeptLayers:
             for module in filter(may_be_experts, model.modules()):
                 stack.enter_context(_replaced_by(module, _no_experts))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            calls = _calls_of(model, layers, [fact.kind for fact in self._facts], example)  # Step 1
-            return {kind: _alone(call, self._parts(kind)) for kind, call in calls.items()}  # Step 2
+            calls = _calls_of(model, layers, [fact.kind for fact in self._facts], example, self._at)  # Step 1
+            found = dict[int, _Bytes]()
+            for kind, call in calls.items():  # Step 2
+                self._at(layers.index(call.layer))
+                found[kind] = _alone(call, self._parts(kind))
+            return found
+
+    def _at(self, index: int | None) -> None:
+        """Notes which layer runs, for the reason; None: what is between layers."""
+        self._where = "the forward" if index is None else self._facts[index].path
 
     def _parts(self, kind: int) -> dict[str, str]:
         """Path in a layer of this kind -> the part that it belongs to."""
         parts = next(fact.parts for fact in self._facts if fact.kind == kind)
         return {path: part for part, paths in parts for path in paths}
+
+
+def _in_words(error: Exception, where: str) -> str:
+    """Where code of the model could not be run, and why, on one line."""
+    message = " ".join(str(error).split())[:_LONGEST_REASON].rstrip(".")
+    return f"{where}: {type(error).__name__}{f': {message}' if message else ''}"
 
 
 @contextmanager
@@ -270,16 +285,24 @@ class _Call:
     times: int = 0
 
 
-def _calls_of(model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int], example: Any) -> dict[int, _Call]:
+def _calls_of(
+    model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int], example: Any, at: Callable[[int | None], None]
+) -> dict[int, _Call]:
     calls: dict[int, _Call] = {}
 
     def note(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at(layers.index(layer))
         calls.setdefault(kind, _Call(layer, args, kwargs))
         calls[kind].times += calls[kind].layer is layer
+
+    def left(kind: int, output: Any) -> None:
+        calls[kind].output = output
+        at(None)
 
     def instead(kind: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of the first one of its kind, with the hidden states of this call."""
         note(kind, layer, args, kwargs)
+        at(None)
         output = calls[kind].output
         return _replaced(output, _hidden(output), _hidden((args, kwargs)))
 
@@ -290,7 +313,7 @@ def _calls_of(model: nn.Module, layers: Sequence[nn.Module], kinds: Sequence[int
                     lambda layer, args, kwargs, kind=kind: note(kind, layer, args, kwargs), with_kwargs=True
                 ).remove)  # fmt: skip
                 stack.callback(layer.register_forward_hook(
-                    lambda layer, args, output, kind=kind: setattr(calls[kind], "output", output)
+                    lambda layer, args, output, kind=kind: left(kind, output)
                 ).remove)  # fmt: skip
             else:
                 function = partial(instead, kind, layer)

@@ -148,6 +148,7 @@ LOGITS_COPIES = 3  # losses upcast logits that are narrower than fp32
 ASSIGNMENT_BYTES = 36  # ids, sources and order int64, sources again int32, weights in both orders fp32
 SEVERAL = 3  # micro-batches, of which one is neither the first nor the last
 TOKEN_BYTES = 12  # saved by the normalization of the weights
+_NOT_RUN = ": their code could not be run ("
 
 
 def memory_of_fullest_rank(
@@ -185,7 +186,12 @@ def _not_known(facts: ModelFacts) -> str:
     if facts.kept is None or not facts.kept.reason:
         return ""
     scores = ", without the scores of eager attention" * facts.kept.makes_scores
-    return f". What its layers keep is taken as Llama's{scores}: their code could not be run ({facts.kept.reason})"
+    return f". What its layers keep is taken as Llama's{scores}{_NOT_RUN}{facts.kept.reason})"
+
+
+def reason_not_counted(largest: str) -> str | None:
+    """Why what layers keep is not counted by their code, of `largest_in_words`; None: it is."""
+    return largest.partition(_NOT_RUN)[2].removesuffix(")") or None
 
 
 def _dtype(bytes_: int) -> str:

@@ -36,7 +36,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moecompile import waiting
+from moecompile import hub_kernels, waiting
 from moecompile.errors import MoecompileError, RankFailure, UserError
 from moecompile.named_code import VARIABLE
 from moecompile.rundir import discard, is_discarded, output_dir
@@ -204,6 +204,7 @@ def _run(command: Command, ranks: Ranks) -> None:
 
     for name, value in worker_variables(command.threads, one_machine=command.one_machine).items():
         os.environ.setdefault(name, value)
+    hub_kernels.switch_off(told=False)
     torch.set_num_threads(command.threads)  # OpenMP has already read its variable
     run_dir = Path(command.run_dir)
     # A store of its own: in the launcher's, a second process group would find the addresses of the first one.

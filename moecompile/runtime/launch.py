@@ -24,7 +24,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from moecompile import waiting
+from moecompile import hub_kernels, waiting
 from moecompile.checkpoint.resume import has_trained, is_restarted
 from moecompile.errors import RankFailure
 from moecompile.rundir import output_dir, settle
@@ -216,12 +216,15 @@ def _send(number: int, processes: Sequence[ForkServerProcess]) -> None:
 
 
 def _launch_variables(threads: int) -> dict[str, str]:
-    """Environment variables of the ranks; those that the user has set are kept, except the number of threads."""
+    """Environment variables of the ranks; those that the user has set are kept, except the number of threads and what
+    keeps code of a hub out.
+    """
     variables = {
         **worker_variables(threads, one_machine=True),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a fork server that has initialized CUDA could not fork ranks
     }
-    return {name: os.environ.get(name, value) for name, value in variables.items()} | {"OMP_NUM_THREADS": str(threads)}
+    always = {"OMP_NUM_THREADS": str(threads), hub_kernels.VARIABLE: hub_kernels.OFF}
+    return {name: os.environ.get(name, value) for name, value in variables.items()} | always
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moecompile import hub_kernels
 from moecompile.errors import ConfigError, UserError
 
 FREE_PORTS = (30_000, 32_768)
@@ -179,6 +180,7 @@ def worker_variables(threads: int, *, one_machine: bool) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        hub_kernels.VARIABLE: hub_kernels.OFF,
     }
     if one_machine:
         variables["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

@@ -40,6 +40,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from moecompile import hub_kernels
 from moecompile.capture import layers_of, seed_generators
 from moecompile.checkpoint.folders import whole
 from moecompile.errors import ConfigError, PlanError
@@ -224,6 +225,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # FSDP2 reads versions of its buffers; with gloo, Lightning does the same
         compiled = compiled_module(self.model)
+        hub_kernels.take_off(self.model)  # put on after it was compiled
         plan = plan_of(compiled)
         self._check_world(plan)
         if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:

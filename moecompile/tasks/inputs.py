@@ -1,6 +1,7 @@
 """Checks that the inputs of a config exist and fit, before ranks are started and before anything is written.
 
 Algorithm: the cheap checks first, each with an error that says what to change.
+  0. Packages that the config needs.
   1. The text: a file of a supported kind, long enough. Small texts are tokenized.
   2. The device: as many GPUs as local ranks, if the config requires GPUs.
   3. The model: an installed package, complete files, a config that can be built.
@@ -10,6 +11,7 @@ Algorithm: the cheap checks first, each with an error that says what to change.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -21,6 +23,7 @@ from moecompile.runtime.ranks import started_ranks
 from moecompile.runtime.records import find_files
 from moecompile.runtime.text import check_text
 from moecompile.schema import (
+    AdapterKind,
     Config,
     DataKind,
     ExpertInit,
@@ -47,6 +50,8 @@ def check_inputs(config: Config) -> None:
     task = config.task.name
     if task in (TaskName.export, TaskName.place, TaskName.chat):
         return
+    if not is_elsewhere:
+        check_packages(config)  # Step 0
     if task.is_launched or task is TaskName.data or (task is TaskName.plan and config.data.path is not None):
         _check_text(config)  # Step 1
     if task is TaskName.data:  # needs no model but its tokenizer
@@ -64,6 +69,19 @@ def check_inputs(config: Config) -> None:
         from moecompile.runtime.loggers import check_loggers  # imports Lightning
 
         check_loggers(config.trainer)  # Step 5
+
+
+def check_packages(config: Config) -> None:
+    """Checks what a missing package decides, before any file is read.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    adapters, task = config.adapters, config.task.name
+    is_made = task.is_launched or task in (TaskName.compile, TaskName.rehearse)
+    if is_made and adapters.kind is AdapterKind.lora and adapters.dense and importlib.util.find_spec("peft") is None:
+        rule = "adapters of linears need the package peft"
+        raise ConfigError("adapters.kind", "lora", rule, "pip install 'moecompile[lora]'")
 
 
 def _num_ids(folder: Path, config: Config) -> int | None:

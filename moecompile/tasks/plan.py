@@ -31,6 +31,7 @@ from moecompile.planner.cost_model.shapes import ModelShape
 from moecompile.planner.existing import notes
 from moecompile.planner.given import given_plan, left_notes, plan_file, scheduled
 from moecompile.planner.lookups import without_tables
+from moecompile.planner.memory import reason_not_counted
 from moecompile.planner.params import checkpointing_of
 from moecompile.planner.placement import read_placement
 from moecompile.planner.search.described import memory_of
@@ -243,6 +244,7 @@ def plan_fields(plan: Plan) -> dict[str, object]:
         estimate = dataclasses.asdict(plan.estimate)
         estimate["memory_bytes_per_rank"]["total"] = plan.estimate.memory_bytes_per_rank.total
         fields |= {name: value for name, value in estimate.items() if value is not None}  # None: no layer lends
+        fields["layers_not_counted"] = reason_not_counted(plan.estimate.largest)
     return fields
 
 

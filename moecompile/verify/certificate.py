@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moecompile import hub_kernels
 from moecompile.atomic import replacing, write_text
 from moecompile.errors import ArgumentError, UserError, VerificationFailed
 from moecompile.report.console import print_checks
@@ -665,6 +666,7 @@ def _side(made: object, function: str) -> Parallel:
     if not isinstance(side.module, nn.Module):
         rule = "it must return a torch.nn.Module, or a moecompile.Parallel with one"
         raise ArgumentError(function, type(side.module).__name__, rule, "Return the model that is trained")
+    hub_kernels.take_off(side.module)
     return side
 
 

@@ -17,15 +17,24 @@ from moecompile.capture import layers_of
 from moecompile.compose import compose_config
 from moecompile.match.sites import may_be_experts
 from moecompile.mesh import MeshSpec
+from moecompile.models.build import build_model
 from moecompile.passes.context_parallel import configs_of
+from moecompile.pipeline import make_plan
 from moecompile.pipeline.captured import planning_facts
 from moecompile.pipeline.facts import facts_of
 from moecompile.pipeline.kept import LONG as LONGEST
 from moecompile.pipeline.kept import KeptLayers, kinds_of
 from moecompile.plan import FFN
 from moecompile.planner import ModelFacts, RunFacts
-from moecompile.planner.memory import activations, largest_in_words, layer_bytes, memory_of_fullest_rank
+from moecompile.planner.memory import (
+    activations,
+    largest_in_words,
+    layer_bytes,
+    memory_of_fullest_rank,
+    reason_not_counted,
+)
 from moecompile.planner.params import LayerFact, LayerKept, SplitFact
+from moecompile.schema import ModelConfig
 from moecompile.torch_private import tree_leaves
 from tests.architectures import inputs_of, model_of
 from tests.distributed.classifier import Classifier
@@ -147,6 +156,18 @@ def test_a_dense_model_saves_what_is_counted(name: str, precision: str) -> None:
         assert counted(model, name, batch, precision, with_ffn=True) == pytest.approx(found, rel=0.01)
 
 
+def test_a_model_of_a_folder_saves_what_is_counted_by_its_own_code(tmp_path: Path) -> None:
+    """Every folder was taken for a Llama, where transformers puts kernels of a hub into copies without values."""
+    made: Any = model_of("gemma2", **LONG)
+    made.save_pretrained(tmp_path)
+    model = build_model(ModelConfig(pretrained=str(tmp_path)), 0)
+    plan = make_plan(model, ["experts.num_routed=4"], example=inputs_of("gemma2"))
+    assert plan.estimate is not None and reason_not_counted(plan.estimate.largest) is None
+    assert counted(model, "gemma2", 1, "fp32", with_ffn=True) == pytest.approx(
+        saved(model, "gemma2", 1, "fp32"), rel=0.01
+    )
+
+
 EXPERTS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: moe_model("mixtral", **LONG),
     "gpt_oss": lambda: moe_model("gpt_oss", **LONG),  # eager, with sinks
@@ -207,9 +228,9 @@ def test_a_reason_is_that_of_the_last_answer() -> None:
     kept = facts_of(tiny_llama(), {"input_ids": ids()}).kept
     assert kept is not None
     with mock.patch("moecompile.pipeline.kept._alone", side_effect=IndexError):
-        assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+        assert not kept(4, 16, 1, False) and kept.reason == "model.layers.0: IndexError"
     assert kept(4, 32, 1, False) and not kept.reason
-    assert not kept(4, 16, 1, False) and kept.reason == "IndexError"
+    assert not kept(4, 16, 1, False) and kept.reason == "model.layers.0: IndexError"
 
 
 def test_a_model_of_rows_of_numbers_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -267,16 +288,17 @@ def test_longer_sequences_grow_as_those_that_are_run() -> None:
 
 def test_what_cannot_be_counted_ends_nothing_and_is_said() -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise IndexError
+        raise IndexError("no   such\nplace.")
 
     facts = facts_of(eager(tiny_llama()), {"input_ids": ids()})
     run = RunFacts(tokens_per_rank=64, compute_bytes=4)
     with mock.patch("moecompile.pipeline.kept._alone", broken):
         text = largest_in_words(memory_of_fullest_rank((), MeshSpec(), facts, run), (), MeshSpec(), facts, run)
+        assert reason_not_counted(text) == "model.layers.0: IndexError: no such place"
     says = (
         ". What its layers keep is taken as Llama's, without the scores of eager attention: their code could not be run"
     )
-    assert text.endswith(f"{says} (IndexError)")
+    assert text.endswith(f"{says} (model.layers.0: IndexError: no such place)")
     assert facts_of(tiny_llama()).kept is None  # without an example
 
 

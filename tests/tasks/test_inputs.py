@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moecompile.__main__ import _prepare
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.tasks.data import data_fields, read_data, with_epochs
 from moecompile.tasks.data import run as read_and_show
-from moecompile.tasks.inputs import check_inputs
+from moecompile.tasks.inputs import check_inputs, check_packages
 from moecompile.tasks.layout import with_layout
 from tests.chat_models import CHATML, chats, save_mixtral, write_lines
 from tests.models.packaged import install
@@ -326,3 +328,15 @@ def test_the_command_line_leaves_nothing(folder: Path, tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("use", [check_inputs, lambda config: _prepare(config, Path("none"))])
+def test_a_missing_peft_is_refused_before_files_are_read(use: Any) -> None:
+    words = ["adapters.kind=lora", "data.path=/not/there.txt", "experts.sites=existing"]
+    config = compose_config(["task=train", *words])
+    says = "adapters.kind=lora: adapters of linears need the package peft. pip install 'moecompile[lora]'."
+    with mock.patch("importlib.util.find_spec", return_value=None), pytest.raises(ConfigError) as raised:
+        use(config)
+    assert str(raised.value) == says
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        check_packages(replace(config, adapters=replace(config.adapters, dense=None)))  # of experts alone

@@ -19,6 +19,7 @@ from moecompile.errors import ConfigError
 from moecompile.load_history import LOAD_HISTORY, LoadHistory
 from moecompile.models.build import build_model, example_inputs
 from moecompile.pipeline import Compilation
+from moecompile.planner.memory import reason_not_counted
 from moecompile.report.baseline import compare, curves, flops_for_same_loss
 from moecompile.report.console import print_baseline, print_data, print_result, print_warnings
 from moecompile.report.heatmap import write_heat_map
@@ -180,6 +181,7 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         "num_rewritten": len(plan.layers),
         "params_total": plan.estimate.params_total if plan.estimate else None,
         "params_active": plan.estimate.params_active if plan.estimate else None,
+        "layers_not_counted": reason_not_counted(plan.estimate.largest) if plan.estimate else None,
         **measured,
         "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
         "bytes_per_token_per_layer_predicted": _plain(predicted),
