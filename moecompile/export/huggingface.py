@@ -31,7 +31,7 @@ from moecompile.export.families import (
     no_pair,
     refuse_drops,
 )
-from moecompile.models.build import class_of, empty_of, no_progress_bars
+from moecompile.models.build import class_of, config_for, empty_of, no_progress_bars
 from moecompile.models.chat import load_tokenizer
 from moecompile.models.loading import refuse_incomplete
 from moecompile.nn.own_router import own_routers
@@ -124,11 +124,12 @@ def reload(folder: Path) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    kind = class_of(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    kind = class_of(config)
     with no_progress_bars():
         loaded, info = kind.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            folder, **config_for(kind, config), dtype=torch.float32, experts_implementation="eager",
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     refuse_incomplete(info, "export.path", folder, "Report this")
     model: nn.Module = loaded

@@ -301,8 +301,9 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
         config = _with_own_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False), path, value)
         with no_progress_bars(), unconverted_weights() as unconverted, _attention_checked(model):
             loaded: nn.Module
-            loaded, info = class_of(config).from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
+            kind = class_of(config)
+            loaded, info = kind.from_pretrained(
+                folder, **config_for(kind, config), trust_remote_code=False, use_safetensors=True, dtype="auto", output_loading_info=True,
                 ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
@@ -319,6 +320,14 @@ def class_of(config: Any) -> Any:
     if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
         return saved_from
     return auto_class(config.model_type)
+
+
+def config_for(kind: Any, config: Any) -> dict[str, Any]:
+    """Options of `kind.from_pretrained`: the folder's config, where `kind` would read it as that of another family
+    (Param2-MoE is a `Glm4MoeForCausalLM`, whose config has other defaults).
+    """
+    own = getattr(kind, "config_class", None)
+    return {"config": config} if isinstance(own, type) and not isinstance(config, own) else {}
 
 
 @contextmanager
