@@ -32,7 +32,7 @@ from moecompile.export.families import (
     no_pair,
     refuse_drops,
 )
-from moecompile.models.build import class_of, empty_of, no_progress_bars
+from moecompile.models.build import class_of, config_for, empty_of, no_progress_bars
 from moecompile.models.chat import load_tokenizer
 from moecompile.models.loading import refuse_incomplete
 from moecompile.models.without_hub_code import load, read_config
@@ -125,11 +125,12 @@ def reload(folder: Path) -> nn.Module:
     Raises:
         ConfigError: the weights are not exactly those that transformers expects.
     """
-    kind = class_of(read_config(folder, "export.path", folder))
+    config = read_config(folder, "export.path", folder)
+    kind = class_of(config)
     with no_progress_bars():
         loaded, info = load(
-            kind, folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            kind, folder, **config_for(kind, config), dtype=torch.float32, experts_implementation="eager",
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     refuse_incomplete(info, "export.path", folder, "Report this")
     model: nn.Module = loaded

@@ -280,8 +280,9 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
         config = read_config(folder, path, value)
         with no_progress_bars(), unconverted_weights() as unconverted, _attention_checked(model):
             loaded: nn.Module
+            kind = class_of(config)
             loaded, info = load(
-                class_of(config), folder, use_safetensors=True, dtype="auto", output_loading_info=True,
+                kind, folder, **config_for(kind, config), use_safetensors=True, dtype="auto", output_loading_info=True,
                 ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
@@ -298,6 +299,14 @@ def class_of(config: Any) -> Any:
     if isinstance(saved_from, type) and issubclass(saved_from, transformers.PreTrainedModel):
         return saved_from
     return auto_class(config.model_type)
+
+
+def config_for(kind: Any, config: Any) -> dict[str, Any]:
+    """Options of `kind.from_pretrained`: the folder's config, where `kind` would read it as that of another family
+    (Param2-MoE is a `Glm4MoeForCausalLM`, whose config has other defaults).
+    """
+    own = getattr(kind, "config_class", None)
+    return {"config": config} if isinstance(own, type) and not isinstance(config, own) else {}
 
 
 @contextmanager

@@ -18,13 +18,16 @@ from tests.distributed.harness import run_distributed_test
 DENSE: dict[str, Any] = {  # every layer
     "first_k_dense_replace": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2
 }  # fmt: skip
-LATENT = DENSE | {  # latent attention, in fp32 where it rotates
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
+LATENT = (
+    DENSE
+    | {  # latent attention, in fp32 where it rotates; transformers splits V3's since 5.25, in fp32 at its norms
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+)
 FAST = (
     Case(architecture="qwen3", tp=2, ep=2, ranks=2, tied=True, losses={"micro_batch": 0.3, "z": 0.2}),
     Case(architecture="mixtral", tp=2, ep=1, ranks=2),
@@ -34,7 +37,7 @@ SLOW = (
     *(Case(architecture="llama", tp=tp, ep=ep) for tp in (2, 4) for ep in (1, 2, 4)),
     *(Case(architecture="qwen3", tp=tp, ep=ep) for tp, ep in ((2, 4), (4, 2))),
     *(Case(architecture="mixtral", tp=2, ep=ep) for ep in (1, 2, 4)),
-    *(Case(architecture="deepseek_v3", tp=tp, ep=ep) for tp, ep in ((2, 2), (2, 4), (4, 4))),
+    *(Case(architecture="deepseek_v3", tp=tp, ep=ep, tolerance=1e-7) for tp, ep in ((2, 2), (2, 4), (4, 4))),
     Case(architecture="llama", tp=2, ep=2, tied=True),
     Case(architecture="llama", tp=2, ep=4, tied=True, capacity=0.6, losses={"micro_batch": 0.3, "z": 0.2}),
     Case(architecture="qwen3", tp=2, ep=4, jitter=0.1),

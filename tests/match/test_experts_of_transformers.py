@@ -6,7 +6,8 @@ The classes are built alone, from a config that answers every question with some
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
+from moecompile.errors import ConfigError
 from moecompile.pipeline import compile_with_report
 from moecompile.verify import relative_error, worst
 from tests.tiny import config
@@ -31,6 +34,7 @@ _SIZES = (
     (r".*(hidden|latent)_size|d_model|.*dim", D),
     (r".*act|.*activation|.*act_fn|hidden_act.*", "silu"),
     (r".*eps", 1e-6),
+    (r".*limits", [0.5]),  # of each layer: what the one layer clamps
     (r"_experts_implementation", "eager"),
 )
 
@@ -45,20 +49,26 @@ class AnyConfig:
 
 
 def _classes() -> Iterator[type[nn.Module]]:
-    """Classes under `@use_experts_implementation`."""
+    """Classes under `@use_experts_implementation`; those that a model calls, where they are made of one (Ergo)."""
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         names = re.findall(r"@use_experts_implementation[^\n]*\nclass (\w+)", path.read_text(encoding="utf-8"))
-        for name in names:
-            yield getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), name)
+        module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}") if names else None
+        for kind in (getattr(module, name) for name in names):
+            made = [each for each in vars(module).values() if inspect.isclass(each) and kind in each.__mro__[1:]]
+            yield from made or [kind]
 
 
-def _undecorated() -> type[nn.Module]:
-    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+def _undecorated() -> Iterator[type[nn.Module]]:
+    """The same form without the decorator: Step 3.7 before transformers 5.25."""
+    name = "transformers.models.step3p7.modeling_step3p7"
+    if importlib.util.find_spec(name.rpartition(".")[0]):
+        yield importlib.import_module(name).Step3p7Experts
 
-    return Step3p7Experts  # the same form without the decorator
 
-
-CLASSES = [*_classes(), _undecorated()]
+CLASSES = list(dict.fromkeys([*_classes(), *_undecorated()]))
+# Experts that are seen and cannot be rewritten, and why.
+REFUSED = {"ErgoExperts": "its post_expert_norm has weights of its own"}  # a row for each expert
+TAKEN = [kind for kind in CLASSES if kind.__name__ not in REFUSED]
 
 
 class Block(nn.Module):
@@ -73,19 +83,32 @@ class Block(nn.Module):
         return self.experts(x, ids, weights)
 
 
-def test_all_families_are_here() -> None:
-    assert len(CLASSES) >= 68
-
-
-@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_outputs_and_gradients_equal_the_eager_loop(kind: type[nn.Module]) -> None:
+def made(kind: type[nn.Module]) -> tuple[Block, Tensor]:
+    """The experts of one layer in a block with random weights, and its input."""
     torch.manual_seed(0)
-    experts = kind(AnyConfig())
+    of_layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(kind).parameters else {}
+    experts = kind(AnyConfig(), **of_layer)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.3)
-    stack = experts.down_proj
+    stack: Any = experts.down_proj
     d_model = stack.shape[2 if getattr(experts, "is_transposed", False) else 1]
-    model, x = Block(experts, d_model, stack.shape[0]), torch.randn(T, d_model)
+    return Block(experts, d_model, stack.shape[0]), torch.randn(T, d_model)
+
+
+def test_all_families_are_here() -> None:
+    assert len(CLASSES) >= 68 or Version(transformers.__version__) < Version("5.24")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in TAKEN], ids=lambda kind: kind.__name__)
+def test_other_experts_are_refused_with_the_reason(kind: type[nn.Module]) -> None:
+    model, x = made(kind)
+    with pytest.raises(ConfigError, match=rf"^experts\.sites=auto: .*{REFUSED[kind.__name__]}"):
+        compile_with_report(model, config(), example=x)
+
+
+@pytest.mark.parametrize("kind", TAKEN, ids=lambda kind: kind.__name__)
+def test_outputs_and_gradients_equal_the_eager_loop(kind: type[nn.Module]) -> None:
+    model, x = made(kind)
     reference, names = copy.deepcopy(model), list(model.state_dict())
     compiled = compile_with_report(model, config(), example=x)
     assert [layer.site.fqn for layer in compiled.plan.layers] == ["experts"]

@@ -22,6 +22,7 @@ from moecompile.match.sites import record_model
 from moecompile.nn import meters_of
 from moecompile.pipeline import compile_with_report
 from moecompile.verify import worst
+from tests.families import needs
 from tests.tiny import COPY4, config, max_diff
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
@@ -34,6 +35,14 @@ sys.path.remove(str(ZOO))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's models
 
+
+def zoo_model(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model that the zoo lists, and its inputs."""
+    needs(tiny_models.architectures[name].model_type)
+    model, inputs = tiny_models.build(name)
+    return model, inputs
+
+
 DENSE = config(*COPY4, "experts.sites=dense")  # else a model that has experts already is refused
 # Models whose FFNs are not all rewritten, and what is said about them.
 LEFT = {
@@ -44,7 +53,7 @@ LEFT = {
 @pytest.mark.parametrize("name", sorted(tiny_models.architectures))
 def test_ffns_become_experts_and_the_outputs_stay(name: str) -> None:
     architecture = tiny_models.architectures[name]
-    model, inputs = tiny_models.build(name)
+    model, inputs = zoo_model(name)
     with torch.no_grad():
         wanted = tiny_models.output_tensors(model(**inputs))
         compiled = compile_with_report(model, DENSE, example=inputs)
@@ -64,7 +73,7 @@ def test_ffns_become_experts_and_the_outputs_stay(name: str) -> None:
 
 
 def test_gradients_reach_router_and_experts_and_what_lies_below() -> None:
-    model, inputs = tiny_models.build("qwen3")
+    model, inputs = zoo_model("qwen3")
     compile_with_report(model, DENSE, example=inputs)
     model.train()
     model(**inputs).logits.square().mean().backward()
@@ -75,7 +84,7 @@ def test_gradients_reach_router_and_experts_and_what_lies_below() -> None:
 @pytest.mark.parametrize("name", ["opt", "bert-causal", "bart", "gpt2"])
 def test_what_transformers_does_with_a_layer_still_works(name: str) -> None:
     """Inline, split, encoder-decoder, Conv1D: generation with a cache, recorded hidden states, checkpointing."""
-    model, inputs = tiny_models.build(name)
+    model, inputs = zoo_model(name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -164,19 +173,41 @@ def differing(
 
 @pytest.mark.parametrize("name", tiny_models.names("moe"))
 def test_experts_of_the_zoo(name: str) -> None:
-    model, inputs = tiny_models.build(name)
+    model, inputs = zoo_model(name)
     assert_experts_stay_exact(model, inputs, tiny_models.architectures[name].experts)
 
 
 # Language models of transformers with experts behind its interface that the zoo does not list, built by its rules;
 # values that those miss. Number of MoE layers of the tiny model.
 _K2 = {"num_experts_per_tok": 2}
+# Two layers of which the second has experts: limits of one layer, and attention that selects its keys.
+_STEP = {
+    "text_config": {
+        "layer_types": ["sliding_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+        "sliding_window": 16, "n_routed_experts": 4, "share_expert_dim": 32, "swiglu_limits": [0.0, 0.05],
+    },
+}  # fmt: skip
+_KOLIBRI = {
+    "layer_types": ["sliding_attention", "indexed_attention"], "kv_source_layers": [0, 1], "index_layers": [1],
+    "index_num_heads": 2, "index_topk": 4, "index_pool_size": 32, "mlp_only_layers": [0],
+    "mlp_only_intermediate_size": 128,
+}  # fmt: skip
+_DOTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    **_K2,
+}
 _KDA = {"linear_num_heads": 2, "linear_head_dim": 16}  # its own 32 of 128 take 64 MiB a sequence and product
 LANGUAGE_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "aria_text": (2, {}), "axk1": (1, {}), "axk2": (1, {}), "exaone_moe": (1, {}), "flex_olmo": (2, {}),
     "deepseek_v2": (2, {**_K2, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}),
     "gemma4_text": (2, {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
-    "glm4_moe": (1, {}), "glm4_moe_lite": (1, {}), "glm_moe_dsa": (1, {}), "granitemoe_swa": (2, {}),
+    "dots1": (2, _DOTS), "hunyuan_v1_moe": (2, {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    "kolibri1_1": (1, _KOLIBRI), "lfm2_moe": (1, {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "minicpm5_moe": (1, {}), "param2moe": (1, {}), "step3p7": (1, _STEP), "glm4_moe": (1, {}), "glm4_moe_lite": (1, {}), "glm_moe_dsa": (1, {}), "granitemoe_swa": (2, {}),
     "granitemoehybrid": (2, {}), "granitemoeshared": (2, {}), "hy_v3": (1, {}), "inkling2_loop_text": (2, {}),
     "jamba": (1, {}), "kimi_linear": (1, _KDA), "kolibri1": (2, {}), "laguna": (1, {}), "lara_mini": (2, {}),
     "llama4_text": (1, {}), "mellum": (2, {}), "minimax_m2": (2, {}), "minimax_m3_vl_text": (2, {}), "qwen2_moe": (2, {}),
@@ -184,15 +215,23 @@ LANGUAGE_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def auto_class(model_type: str) -> Any:
+    """Of transformers: that of language models, or of those that see, too (Step 3.7)."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as LANGUAGE
+
+    return transformers.AutoModelForCausalLM if model_type in LANGUAGE else transformers.AutoModelForImageTextToText
+
+
 def language_model(model_type: str, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     """A tiny model by the zoo's rules, and its inputs."""
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    needs(model_type)
     settings = {**tiny_models._ZOO.overrides.get(model_type, {}), **changes}
     tiny = tiny_models.tiny_config(CONFIG_MAPPING[model_type], {**tiny_models._ZOO.overrides, model_type: settings})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny).eval()
+    model = auto_class(model_type).from_config(tiny).eval()
     tiny_models.randomize(model)
     torch.manual_seed(1)
     return model, tiny_models.example_inputs("text", tiny)
@@ -239,7 +278,7 @@ def test_tokens_that_a_router_skips_reach_no_expert() -> None:
 
 
 def test_weights_that_are_zero_otherwise_are_assignments() -> None:
-    model, inputs = tiny_models.build("mixtral")
+    model, inputs = zoo_model("mixtral")
     assert not skips_tokens(record_model(model, inputs), "model.layers.0.mlp.experts")
 
 
@@ -271,8 +310,8 @@ NO_TEXT = (
 @pytest.mark.parametrize("name", sorted({*tiny_models.names("moe"), *LANGUAGE_MODELS} - {*NO_TEXT}))
 def test_generate_gives_the_same_text(name: str) -> None:
     """20 tokens: greedy with and without the cache, and by beam search."""
-    in_zoo = name in tiny_models.architectures
-    model, inputs = tiny_models.build(name) if in_zoo else language_model(name, LANGUAGE_MODELS[name][1])
+    listed = name in tiny_models.architectures
+    model, inputs = zoo_model(name) if listed else language_model(name, LANGUAGE_MODELS[name][1])
     ids = inputs["input_ids"][:, :5]
     ways: tuple[dict[str, Any], ...] = ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3})
     fixed = {"attention_mask": torch.ones_like(ids), "min_new_tokens": 20, "max_new_tokens": 20, "do_sample": False}
@@ -296,7 +335,7 @@ IN_BF16 = (
 @pytest.mark.parametrize("name", IN_BF16)
 def test_no_router_in_bf16_refuses_by_chance(name: str, seed: int) -> None:
     """Wherever a near tie sends a token: each layer alone is what it was, by far."""
-    model, inputs = tiny_models.build(name)
+    model, inputs = zoo_model(name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -393,6 +432,7 @@ def test_a_linear_whose_weight_alone_is_read_gets_no_adapter(
 
 # Experts that are seen and cannot be rewritten, and why.
 REFUSED = {
+    "ergo": "its post_expert_norm has weights of its own",  # a row for each expert
     "jetmoe": "it holds stacked weights, but is not called with hidden states",  # each projection is a module
 }
 

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moecompile.errors import ConfigError
+from moecompile.export.huggingface import reload
 from moecompile.models.build import build_empty, build_model
 from moecompile.models.pretrained import Pretrained
 from moecompile.models.stored import Stored
 from moecompile.schema import ModelConfig
 from moecompile.tasks.inputs import check_folder
 from tests.existing_models import moe_model
+from tests.families import needs
 from tests.models.import_job import write_pretrained
 from tests.models.test_sharded import dense
 from tests.table_models import TABLE, qwen4
@@ -252,3 +254,21 @@ def test_a_folder_without_safetensors(copied: Callable[..., Path]) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"holds no safetensors\. Save the model with save_pretrained\."):
         opened(folder)
+
+
+def test_a_class_that_other_families_use_reads_the_config_of_the_folder(tmp_path: Path) -> None:
+    """Param2-MoE is saved by GLM-4.5's class, which would take its own defaults: rotary embeddings of half a head."""
+    needs("param2moe")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "max_position_embeddings": 32,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("param2moe", **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8).view(1, 8)
+    for loaded in (build_model(ModelConfig(pretrained=str(tmp_path)), 0).eval(), reload(tmp_path).eval()):
+        assert type(loaded.config) is type(model.config)
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

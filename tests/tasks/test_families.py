@@ -28,7 +28,8 @@ sys.path.insert(0, str(ZOO))
 import tiny_models  # noqa: E402
 
 sys.path.remove(str(ZOO))
-from tests.match.test_zoo import LANGUAGE_MODELS, dbrx  # noqa: E402
+from tests.families import is_installed, needs  # noqa: E402
+from tests.match.test_zoo import LANGUAGE_MODELS, auto_class, dbrx  # noqa: E402
 
 # Families that cannot go all the way, how far they come, and why; docs/understand/existing-models.md says so too.
 CANNOT = {
@@ -36,6 +37,7 @@ CANNOT = {
     "inkling2_text": "its hashed vocabulary has no tiny form that a text's ids fit",
     "switch_transformers": "each expert is a module: trained with data=moby_dick_spans, exported in the native format",
     "sarvam_moe": "transformers does not load what its own save_pretrained writes of a model that it has loaded",
+    "ergo": "each expert has a norm with weights of its own, and they are refused",
     "jetmoe": "its experts are called in another way, and refused",
     "nllb_moe": "its experts get masks, and are refused", "doge": "it has no experts module",
 }  # fmt: skip
@@ -54,6 +56,12 @@ IN_CHECK = {
 }  # fmt: skip
 
 
+def model_type(name: str) -> str:
+    """Of transformers."""
+    listed = tiny_models.architectures.get(name)
+    return listed.model_type if listed else name.removesuffix("_normalized")
+
+
 def family(name: str) -> Any:
     """A tiny model by the zoo's rules, with a vocabulary for a text, and nothing random."""
     import transformers
@@ -64,8 +72,8 @@ def family(name: str) -> Any:
         made, _ = dbrx()
         made.config.vocab_size = VOCAB
         return type(made)(made.config)
-    listed, base = tiny_models.architectures.get(name), name.removesuffix("_normalized")
-    kind: Any = getattr(transformers, listed.cls) if listed else transformers.AutoModelForCausalLM
+    listed, base = tiny_models.architectures.get(name), model_type(name)
+    kind: Any = getattr(transformers, listed.cls) if listed else auto_class(base)
     config_kind = getattr(kind, "config_class", None)
     if not isinstance(config_kind, type):
         config_kind = CONFIG_MAPPING[listed.model_type if listed else base]
@@ -93,7 +101,7 @@ def reports(
     """Of each family that is selected (`-k mixtral`): what two ranks told, and one."""
     selected = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
                 and item.path == request.path}  # fmt: skip
-    names = [name for name in NAMES if name in selected]
+    names = [name for name in NAMES if name in selected and is_installed(model_type(name))]
     from transformers import PreTrainedTokenizerFast
 
     root = tmp_path_factory.mktemp("families")
@@ -124,6 +132,7 @@ def test_all_families_are_here() -> None:
     [pytest.param(name, marks=pytest.mark.slow if name in IN_CHECK else pytest.mark.nightly) for name in NAMES],
 )
 def test_a_folder_is_trained_resumed_and_exported(name: str, reports: dict[str, tuple[Report, Report]]) -> None:
+    needs(model_type(name))
     two, one = reports[name]
     assert "error" not in two, two["trace"]
     assert "error" not in one, one["trace"]
