@@ -40,7 +40,7 @@ def outlive_readers() -> None:
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name)
         if stream is None:  # closed before Python began (`>&-`)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.flush()
             output = io.BufferedWriter(_Output(number, "wb", closefd=False))
