@@ -132,7 +132,7 @@ def _routing(fields: Mapping[str, Any], plan: Plan, config: Config) -> Iterator[
         yield f"in the last tenth of the steps {' and '.join(said)}. {_remedy(plan, config)}".rstrip()
         return
     least, last = fields.get("max_violation_least"), fields.get("max_violation_last")
-    if None not in (least, last) and last - least >= RISEN and last >= TWICE * least:
+    if least is not None and last is not None and last - least >= RISEN and last >= TWICE * least:
         went = f"MaxVio rose from {least:.2f} to {last:.2f} within the run (worst layer of a row)"
         yield f"{went}: the load becomes less even. {_remedy(plan, config)}".rstrip()
 

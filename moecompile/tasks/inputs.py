@@ -60,11 +60,23 @@ def check_inputs(config: Config) -> None:
     if folder is not None:
         check_folder(folder)
     _check_model(config, _num_ids(folder, config) if folder is not None and task.is_launched else None)
+    if not is_elsewhere:
+        from moecompile.models.room import check_room
+
+        check_room(config, _processes(config))
     default = TrainerConfig()
     if task is TaskName.train and (config.trainer.loggers, config.trainer.callbacks) != (default.loggers, {}):
         from moecompile.runtime.loggers import check_loggers  # imports Lightning
 
         check_loggers(config.trainer)  # Step 5
+
+
+def _processes(config: Config) -> int:
+    """How many processes of this machine make the model: verify has at least one with all of it."""
+    if config.task.name not in (TaskName.train, TaskName.bench):
+        return 1
+    ranks = started_ranks()
+    return mesh_spec(config.mesh).world_size if ranks is None else ranks.local_world_size
 
 
 def _num_ids(folder: Path, config: Config) -> int | None:
@@ -86,7 +98,7 @@ def _num_ids(folder: Path, config: Config) -> int | None:
 
 
 def _new_tokenizer(config: Config) -> str:
-    """The end of an advice: how a new tokenizer is trained for this model; empty: its vocabulary is too small for one."""
+    """The end of an advice: how a new tokenizer is trained for this model, or why none is."""
     from moecompile.models.build import config_of
     from moecompile.runtime.objective import LEAST_VOCABULARY
 
