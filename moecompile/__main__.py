@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from moecompile import clock, hub_kernels, waiting
 from moecompile.errors import RankFailure
 from moecompile.rundir import OVERRIDES, output_dir
+from moecompile.runtime.logs import outlive_readers
 from moecompile.runtime.ranks import started_ranks
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def console() -> NoReturn:
     """Runs the process. It ends with `os._exit`, because Python's shutdown with torch takes seconds."""
+    outlive_readers()
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a batch system's warning; ranks that train answer it
     code = main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.tiny import COPY4, NARROW, SHORT
 
 REPOSITORY = Path(__file__).parents[1]
 MODULE = ("-m", "moecompile")
@@ -69,6 +72,48 @@ def cli(
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# -- a reader that ends ----------------------------------------------------------------------------------------------
+
+
+def closed(words: Sequence[str], cwd: Path, *names: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The program with outputs (`stdout`, `stderr`) that nobody reads, and what the other one has."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    outputs = {name: writer if name in names else subprocess.PIPE for name in ("stdout", "stderr")}
+    try:
+        return subprocess.run(
+            [sys.executable, *MODULE, *words], cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environ},
+            **outputs, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "code", "names"),
+    [(["--help"], 0, ["stdout"]), (["mesh.epp=3"], 2, ["stdout"]), (["mesh.epp=3"], 2, ["stdout", "stderr"])],
+)
+def test_an_output_that_nobody_reads_ends_quietly(
+    words: list[str], code: int, names: list[str], unbuffered: str, cwd: Path
+) -> None:
+    result = closed(words, cwd, *names, PYTHONUNBUFFERED=unbuffered)
+    assert result.returncode == code
+    if "stderr" not in names:
+        assert result.stderr.count("\n") == (code != 0), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_whose_output_nobody_reads_trains_to_its_end(unbuffered: str, cwd: Path) -> None:
+    words = ["model=llama_nano", *NARROW, *COPY4, SHORT, "mesh=cpu_1x2", "trainer.max_steps=4", "hydra.run.dir=out"]
+    words += ["optimizer.warmup_steps=2", "trainer.log_interval=1", "trainer.calibrate=never"]
+    result = closed(words, cwd, "stdout", PYTHONUNBUFFERED=unbuffered)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((cwd / "out" / "result.json").read_text())["steps"] == 4
+    assert list((cwd / "out" / "checkpoints").iterdir())
 
 
 # -- one run -------------------------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
     """The config of the model type, but vocabulary and positions; what is left out has its default in transformers."""
     hidden = _needed(s, "hidden-size", "model.config.hidden_size")
     heads = _needed(s, "num-attention-heads", "model.config.num_attention_heads")
+    _check_heads(s, hidden, heads)
     layers = _needed(s, "num-layers", "model.config.num_hidden_layers")
     experts = _needed(s, "num-experts", "number of experts in model.config")
     dense = s.whole("ffn-hidden-size", "model.config.intermediate_size")
@@ -263,6 +264,15 @@ def _widths(s: Settings, family: str) -> dict[str, Any]:
         heads_of = {} if channels in (None, hidden // heads) else {"head_dim": channels}
         return config | {"shared_expert_intermediate_size": shared, "qkv_bias": s.has("add-qkv-bias"), **heads_of}
     return config | {"head_dim": channels or hidden // heads}
+
+
+def _check_heads(s: Settings, hidden: int, heads: int) -> None:
+    if hidden % heads and not (s.has("kv-channels") or s.has("multi-latent-attention")):
+        rule = f"must divide --hidden-size {hidden}, without --kv-channels"
+        raise s.error("num-attention-heads", rule, "Correct one of them, or give set.kv_channels=VALUE")
+    queries = s.whole("num-query-groups", "model.config.num_key_value_heads")
+    if s.has("group-query-attention") and queries and heads % queries:
+        raise s.error("num-query-groups", f"must divide --num-attention-heads {heads}", "Correct one of them")
 
 
 def _of_deepseek(
@@ -535,6 +545,7 @@ def _batch(s: Settings, mesh: tuple[int, int], sizes: Mapping[str, int], micro: 
 
 def _precision(s: Settings) -> dict[str, str]:
     if s.on("bf16", "workload.precision=bf16_params"):
+        s.say("fp16", "beside --bf16, which counts here; Megatron-Core refuses both", NO_EQUAL)
         return {"precision": "bf16_params"}
     if s.on("fp16", "workload.precision=bf16_params: as many bytes", "assumed"):
         return {"precision": "bf16_params"}

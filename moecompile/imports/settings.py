@@ -29,7 +29,8 @@ ON = ("true", "yes", "on")
 class Setting:
     """A key of a file. value: as text; `true` for a flag without one. missing: names without a value within it.
     source: the file that says it, if it is one that the given file names. is_default: of a table of defaults, which
-    is not listed where nothing is made of it. given: `set.NAME` of the command line, which must be known.
+    is not listed where nothing is made of it. given: `set.NAME` of the command line, which must be known. before: what
+    the file says of the same key before it, which does not count.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Setting:
     source: str | None = None
     is_default: bool = False
     given: str | None = None
+    before: Setting | None = None
 
     @property
     def place(self) -> str:
@@ -155,6 +157,12 @@ class Settings:
                 raise unknown_name(setting.given, setting.value)
             if not setting.is_default:
                 self.say(key, text, kind)
+            if (before := setting.before) is not None:
+                text = f"given twice, before as {_shown(before.value)}{before.place}: the last one counts"
+                row = Row(
+                    kind=ASSUMED, key=self.spelled(key), value=_shown(setting.value), text=text, line=setting.line
+                )
+                self.rows.append(row)
         order = {kind: i for i, kind in enumerate(KINDS)}
         return sorted(self.rows, key=lambda row: (order[row.kind], row.line is None, row.line or 0))
 

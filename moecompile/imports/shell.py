@@ -124,7 +124,8 @@ def _script(reader: _Reader, text: str, path: str) -> Script:
         script.settings = commands[0]
     else:
         for words in (*reader.arrays.values(), *reader.lists()):
-            script.settings |= _flags(words)
+            for key, each in _flags(words).items():
+                script.settings[key] = replace(each, before=each.before or script.settings.get(key))
     for words in reader.commands:
         script.launch |= {key: each for key, each in _flags(words).items() if key in _LAUNCH}
     for number, line in enumerate(text.splitlines(), 1):
@@ -450,9 +451,10 @@ class _Reader:
             value = self.variables.get(text) or self._nothing(text, 0)
             text = "".join(piece.text for piece in value) or "0"
         missing = [name for piece in value for name in piece.missing if name != _OUTPUT]
-        if not re.fullmatch(r"\s*-?\d+\s*", text):
+        number = _whole_number(text.strip())
+        if number is None:
             raise _NotKnown(missing)
-        return int(text)
+        return number
 
     # -- what is found
 
@@ -474,6 +476,19 @@ class _Reader:
 class _NotKnown(Exception):
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
+
+
+def _whole_number(text: str) -> int | None:
+    """A constant of arithmetic: `0x` is hexadecimal, a 0 before digits octal, `2#101` of that base; None: none."""
+    match = re.fullmatch(r"(-?)(0[xX]|(\d+)#)?(\w+)", text)
+    if match is None:
+        return None
+    sign, prefix, base, digits = match.groups()
+    try:
+        number = int(digits, int(base) if base else 16 if prefix else 8 if digits.startswith("0") else 10)
+    except ValueError:
+        return None
+    return -number if sign else number
 
 
 def _quotient(a: int, b: int) -> int:
@@ -589,13 +604,13 @@ def _split(value: Value) -> list[Piece]:
 
 
 def _flags(words: Sequence[Piece]) -> dict[str, Setting]:
-    """Flag -> setting: `--a`, `--a b c`, `--a=b`; the last one counts, as in argparse."""
+    """Flag -> setting: `--a`, `--a b c`, `--a=b`; the last one counts, as in argparse, and has the one before."""
     found: dict[str, Setting] = {}
     key, start, values = "", 0, list[Piece]()
     for word in (*words, Piece("--", 0)):
         if word.text.startswith("--"):
             if key:
-                found[key] = _setting(key, values, start)
+                found[key] = replace(_setting(key, values, start), before=found.get(key))
             name, equals, value = word.text[2:].partition("=")
             key, start = name.replace("_", "-"), word.line
             values = [replace(word, text=value)] if equals else []

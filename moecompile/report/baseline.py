@@ -24,6 +24,9 @@ from moecompile.report.text import count_text
 Curve = Sequence[tuple[float, float]]
 """(step, loss) of each row of metrics, in order."""
 _WINDOW = 0.1
+NOISE = 0.5
+"""Percent of a loss within which no difference is seen: one run has one seed, and another seed changes as much."""
+_CALLED = {-1: "worth it", 0: "no difference seen", 1: "not worth it"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,13 @@ def verdict(result: Mapping[str, Any]) -> str | None:
     compared = result.get("baseline", {}).get("compared")
     if not compared:
         return None
-    won, lost = ([each["at"] for each in compared if (_share(each)[1] < 0) == is_lower] for is_lower in (True, False))
-    head = f"worth it at equal {_listed(won)}, not at equal {_listed(lost)}"
-    head = "worth it" if not lost else "not worth it" if not won else head
+    called: dict[str, list[str]] = {}
+    for each in sorted(compared, key=lambda each: each["at"] != "FLOPs"):  # FLOPs first
+        share = _share(each)[1]
+        side = 0 if abs(share) <= NOISE else 1 if share > 0 else -1
+        called.setdefault(_CALLED[side], []).append(each["at"])
+    head = "; ".join(word if len(called) == 1 else f"{word} at equal {_listed(at)}" for word, at in called.items())
+    head += f" (within {NOISE:g}%, as one seed differs from another)" if _CALLED[0] in called else ""
     return (
         f"beside the dense model: {head}.{''.join(f' {text};' for text in _in_numbers(result, compared)).rstrip(';')}"
     )

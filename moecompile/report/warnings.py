@@ -20,6 +20,8 @@ DIVERGED = 0.1
 """Nats per token, and share of the first loss, by which the last one is above it when a run has diverged."""
 ROSE = 0.01
 """Share of the first validation loss by which the last one is above it when that is told."""
+RISEN, TWICE = 1.0, 2.0
+"""MaxVio of the worst layer in the last row over the lowest of a row: by how much, and how many times, that is told."""
 SKIPPED, MOSTLY_SKIPPED = 0.01, 0.5
 """Shares of the steps that were skipped, above which that is told, and a run has diverged."""
 _SHOWN = 3  # layers that are named
@@ -128,6 +130,11 @@ def _routing(fields: Mapping[str, Any], plan: Plan, config: Config) -> Iterator[
         said.append(f"{count} got no token ({'; '.join(named)}{more})")
     if said:
         yield f"in the last tenth of the steps {' and '.join(said)}. {_remedy(plan, config)}".rstrip()
+        return
+    least, last = fields.get("max_violation_least"), fields.get("max_violation_last")
+    if least is not None and last is not None and last - least >= RISEN and last >= TWICE * least:
+        went = f"MaxVio rose from {least:.2f} to {last:.2f} within the run (worst layer of a row)"
+        yield f"{went}: the load becomes less even. {_remedy(plan, config)}".rstrip()
 
 
 def _remedy(plan: Plan, config: Config) -> str:

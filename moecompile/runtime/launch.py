@@ -123,6 +123,7 @@ def _begin(ranks: Ranks, run_dir: Path, folder: str, variables: dict[str, str]) 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read the fork server's variable
     with contextlib.suppress(OSError):  # Linux: what `ps -e` and `top` call it
         Path("/proc/self/comm").write_text(f"moecompile_r{ranks.rank}"[:15], encoding="utf-8")
+    logs.outlive_readers()
     logs.hold(run_dir, ranks.rank)
 
 

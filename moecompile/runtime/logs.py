@@ -7,16 +7,46 @@ killed rank from ranks that have only lost it too. On a file system without lock
 from __future__ import annotations
 
 import fcntl
+import io
 import math
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from moecompile.rundir import output_dir
 
 _TERMINAL = "This rank writes to the terminal.\n"
 _locks: dict[int, int] = {}  # slot -> descriptor, kept until the process ends
+
+
+class _Output(io.FileIO):
+    """A descriptor that is led to nowhere once nobody reads it: `| head -1` ends the output, and not the run."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(memoryview(data).cast("B"))
+
+
+def outlive_readers() -> None:
+    """Lets this process go on, quietly and to its own exit code, when the reader of stdout or stderr has ended."""
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before Python began (`>&-`)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            output = io.BufferedWriter(_Output(number, "wb", closefd=False))
+            is_whole = stream.line_buffering or stream.write_through or name == "stderr"
+            text = io.TextIOWrapper(output, encoding=stream.encoding, errors=stream.errors, line_buffering=is_whole)
+            setattr(sys, name, text)
 
 
 def log_path(run_dir: Path, rank: int) -> Path:

@@ -80,6 +80,8 @@ class Metrics(Callback):
             worst = max(loads, key=lambda load: load.max_violation)
             row["max_violation"] = self.tally.max_violation_last = worst.max_violation
             row["max_violation_bound"] = self.tally.max_violation_bound_last = worst.max_violation_bound
+            least = self.tally.max_violation_least
+            self.tally.max_violation_least = worst.max_violation if least is None else min(least, worst.max_violation)
             if self.has_capacity:
                 row["drop_rate"] = over_layers(loads)["drop_rate"]
             if trainer.is_global_zero:
@@ -147,7 +149,8 @@ class RunTotals:
     """The metrics of a run, which a resumed run continues.
 
     loss_first, loss_last: of the first and the last row, nats per token. max_violation_last: of the worst layer in the
-    last step of a row; max_violation_bound_last: the most that it could be. None: not measured.
+    last step of a row; max_violation_bound_last: the most that it could be; max_violation_least: the lowest of all
+    rows. None: not measured.
     """
 
     def __init__(self) -> None:
@@ -157,6 +160,7 @@ class RunTotals:
         self.loss_last: float | None = None
         self.max_violation_last: float | None = None
         self.max_violation_bound_last: float | None = None
+        self.max_violation_least: float | None = None
         self._last_used: dict[str, Tensor] = {}  # layer -> number of the last step in which each expert had a token
         self._timed_tokens, self._timed_seconds = 0, 0.0
         self._is_warm = False  # whether this process has ended a row
@@ -224,6 +228,7 @@ class RunTotals:
             "loss_last": self.loss_last,
             "max_violation_last": self.max_violation_last,
             "max_violation_bound_last": self.max_violation_bound_last,
+            "max_violation_least": self.max_violation_least,
             "last_used": {name: used.tolist() for name, used in self._last_used.items()},
             "steps_skipped": self.steps_skipped,
             "timed": [self._timed_tokens, self._timed_seconds],
@@ -238,6 +243,7 @@ class RunTotals:
         self.loss_first, self.loss_last = state["loss_first"], state["loss_last"]
         self.max_violation_last, self.steps_skipped = state["max_violation_last"], state["steps_skipped"]
         self.max_violation_bound_last = state.get("max_violation_bound_last")  # not in checkpoints of 0.2.0
+        self.max_violation_least = state.get("max_violation_least")  # nor this
         self._last_used = {name: torch.tensor(used) for name, used in state.get("last_used", {}).items()}
         self._timed_tokens, self._timed_seconds = state.get("timed", (0, 0.0))  # nor this
         self._restored_tokens = state["sums"][1] if state["sums"] is not None else 0.0

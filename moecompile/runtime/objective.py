@@ -69,6 +69,17 @@ def _num_embeddings(model: nn.Module) -> int | None:
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
+LEAST_VOCABULARY = 257
+"""Tokens of the smallest tokenizer that is trained here: all bytes, and the end of a text."""
+
+
+def at_most(vocab_size: int) -> str:
+    """What to change where a model has embeddings for fewer tokens than the tokenizer has."""
+    if vocab_size >= LEAST_VOCABULARY:
+        return f"Use at most {vocab_size}"
+    return f"Use a model with at least {LEAST_VOCABULARY} embeddings, or its own tokenizer (data.tokenizer=model)"
+
+
 def check_vocabulary(vocab_size: int | None, num_ids: int, config: Config) -> None:
     """Checks that the model has an embedding for every token id, and for sentinels.
 
@@ -86,7 +97,7 @@ def check_vocabulary(vocab_size: int | None, num_ids: int, config: Config) -> No
         if data.tokenizer is TokenizerSource.model:
             fix = "Save the tokenizer that belongs to the model beside it"
             raise ConfigError("data.tokenizer", "model", f"has token ids up to {num_ids - 1}, {rule}", fix)
-        raise ConfigError("data.vocab_size", num_ids, rule, f"Use at most {vocab_size}")
+        raise ConfigError("data.vocab_size", num_ids, rule, at_most(vocab_size))
     sentinels = SpanCounts(data.seq_len).num_sentinels
     if data.objective is Objective.span_corruption and vocab_size < num_ids + sentinels:
         raise ConfigError(

@@ -130,7 +130,8 @@ class Outcome:
     of the optimizer per rank and step; of lookups in spread embedding tables per rank and micro-batch, forward.
     lookup_share: of the rows that tokens read, those that were different and thus sent.
 
-    max_violation_last: of the worst layer in the last step; max_violation_bound_last: the most that it could be.
+    max_violation_last: of the worst layer in the last step; max_violation_bound_last: the most that it could be;
+    max_violation_least: the lowest of all rows.
     max_violation_share_last: their quotient in the worst layer. dead_experts: layer -> experts without a token; both,
     max_violation_mean_last, max_violation_bound_mean_last, drop_rate_last, entropy_last (nats
     per token) and nodes_per_token_last: means over the layers and the last tenth of the steps.
@@ -145,6 +146,7 @@ class Outcome:
     tokens_per_second: float | None
     max_violation_last: float | None
     max_violation_bound_last: float | None
+    max_violation_least: float | None
     max_violation_mean_last: float | None
     max_violation_bound_mean_last: float | None
     max_violation_share_last: float | None
@@ -237,6 +239,7 @@ def _outcome(
         tokens_per_second=tally.tokens_per_second,
         max_violation_last=tally.max_violation_last,
         max_violation_bound_last=tally.max_violation_bound_last,
+        max_violation_least=tally.max_violation_least,
         max_violation_mean_last=tally.steps.mean_of_last("max_violation"),
         max_violation_bound_mean_last=tally.steps.mean_of_last("max_violation_bound"),
         max_violation_share_last=tally.steps.mean_of_last("max_violation_share"),

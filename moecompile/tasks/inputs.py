@@ -25,6 +25,7 @@ from moecompile.runtime.text import check_text
 from moecompile.schema import (
     AdapterKind,
     Config,
+    DataConfig,
     DataKind,
     ExpertInit,
     TaskName,
@@ -64,6 +65,10 @@ def check_inputs(config: Config) -> None:
     if folder is not None:
         check_folder(folder)
     _check_model(config, _num_ids(folder, config) if folder is not None and task.is_launched else None)
+    if not is_elsewhere:
+        from moecompile.models.room import check_room
+
+        check_room(config, _processes(config))
     default = TrainerConfig()
     if task is TaskName.train and (config.trainer.loggers, config.trainer.callbacks) != (default.loggers, {}):
         from moecompile.runtime.loggers import check_loggers  # imports Lightning
@@ -84,6 +89,14 @@ def check_packages(config: Config) -> None:
         raise ConfigError("adapters.kind", "lora", rule, "pip install 'moecompile[lora]'")
 
 
+def _processes(config: Config) -> int:
+    """How many processes of this machine make the model: verify has at least one with all of it."""
+    if config.task.name not in (TaskName.train, TaskName.bench):
+        return 1
+    ranks = started_ranks()
+    return mesh_spec(config.mesh).world_size if ranks is None else ranks.local_world_size
+
+
 def _num_ids(folder: Path, config: Config) -> int | None:
     """The largest id of the model's own tokenizer plus one; None: another is used, or it is not made yet (GGUF)."""
     if config.data.kind is DataKind.sft:
@@ -95,11 +108,26 @@ def _num_ids(folder: Path, config: Config) -> int | None:
         return None
     if not (folder / TOKENIZER).is_file():
         path = "model.package" if config.model.package else "model.pretrained"
-        rule = f"has no {TOKENIZER}, and data.tokenizer=model"
-        raise ConfigError(path, folder, rule, "Save the model's tokenizer there, or train a new one: data=moby_dick")
+        rule, fix = f"has no {TOKENIZER}, and data.tokenizer=model", "Save the model's tokenizer there"
+        raise ConfigError(path, folder, rule, f"{fix}{_new_tokenizer(config)}")
     from moecompile.runtime.data.tokens import num_ids, plain_tokenizer
 
     return num_ids(plain_tokenizer(folder / TOKENIZER))
+
+
+def _new_tokenizer(config: Config) -> str:
+    """The end of an advice: how a new tokenizer is trained for this model, or why none is."""
+    from moecompile.models.build import config_of
+    from moecompile.runtime.objective import LEAST_VOCABULARY
+
+    made = config_of(config.model)
+    text = made.get_text_config() if hasattr(made, "get_text_config") else made
+    size, default = getattr(text, "vocab_size", None), DataConfig().vocab_size or 0
+    if not isinstance(size, int) or size >= default:
+        return ", or train a new one: data=moby_dick"
+    if size < LEAST_VOCABULARY:
+        return f" (a new one has at least {LEAST_VOCABULARY} tokens, and the model has embeddings for {size})"
+    return f", or train a new one: data=moby_dick data.vocab_size={size}"
 
 
 def _check_text(config: Config) -> None:
@@ -231,12 +259,12 @@ def _check_model(config: Config, num_ids: int | None) -> None:
             f"Use at most {positions}, or a model with more (max_position_embeddings)",
         )  # fmt: skip
     vocab_size, entries = getattr(text, "vocab_size", None), config.data.vocab_size
+    from moecompile.runtime.objective import at_most, check_vocabulary
+
     if config.task.name.is_launched and entries and isinstance(vocab_size, int) and vocab_size < entries:
         raise ConfigError(
             "data.vocab_size", entries, f"the model {config.model.name} has embeddings for {vocab_size} tokens",
-            f"Use at most {vocab_size}",
+            at_most(vocab_size),
         )  # fmt: skip
     if num_ids is not None and isinstance(vocab_size, int):
-        from moecompile.runtime.objective import check_vocabulary
-
         check_vocabulary(vocab_size, num_ids, config)

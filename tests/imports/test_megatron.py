@@ -238,6 +238,21 @@ def test_an_unknown_flag_is_listed(tmp_path: Path) -> None:
     assert row == Row(kind="unknown", key="--moe-of-tomorrow", value="7", text="not known here, so nothing was made of it", line=30)  # fmt: skip
 
 
+def test_what_does_not_count_is_said(tmp_path: Path) -> None:
+    config = of("mixtral_8x7b_tp2pp4ep4")
+    path = write(config, tmp_path)
+    text = path.read_text()
+    path.write_text(text.replace("--bf16", "--bf16 --fp16 --seed 1 --seed 2"))
+    assert path.read_text() != text
+    caller = Caller(names=config.get("set", {}), conf=conf_dir(), ranks=(8, 8))
+    rows = read_draft("megatron", str(path), caller).rows
+    (of_fp16,) = (row for row in rows if row.key == "--fp16")
+    assert of_fp16.text == "beside --bf16, which counts here; Megatron-Core refuses both"
+    (twice,) = (row for row in rows if "given twice" in row.text)
+    assert (twice.key, twice.value) == ("--seed", "2")
+    assert twice.text.startswith("given twice, before as 1 (line ")
+
+
 def test_a_line_for_each_flag(tmp_path: Path) -> None:
     config = of("mixtral_8x7b_tp2pp4ep4")
     path, rows = write(config, tmp_path), draft(config, tmp_path).rows
@@ -258,6 +273,9 @@ def test_a_line_for_each_flag(tmp_path: Path) -> None:
         ("qwen3_30b_slime", {"moe_layer_freq": "([1]*47)"}, "is for 47 layers, and --num-layers is 48"),
         ("qwen3_30b_slime", {"moe_router_topk": "200"}, "is more than --num-experts 128"),
         ("qwen3_30b_slime", {"num_query_groups": "four"}, "must be a whole number"),
+        ("mixtral_8x7b_tp2pp4ep4", {"hidden_size": "2048", "num_attention_heads": "40", "kv_channels": None},
+         "must divide --hidden-size 2048, without --kv-channels. Correct one of them, or give set.kv_channels=VALUE"),
+        ("mixtral_8x7b_tp2pp4ep4", {"num_query_groups": "5"}, "must divide --num-attention-heads 32"),
         ("qwen3_30b_slime", {"swiglu": None}, "experts without a gate are of no model type here"),
         ("mixtral_8x22b_tp2pp8ep8", {"expert_model_parallel_size": "3"}, "must divide --num-experts 8"),
         ("mixtral_8x22b_tp2pp8ep8", {"global_batch_size": "255"}, "must be a multiple of micro-batch * replicas = 8"),

@@ -28,6 +28,7 @@ def values(script: Script) -> dict[str, str]:
         ("A=4\npython p.py --num-layers $A --x ${A}8", {"num-layers": "4", "x": "48"}),
         ('A=${A:-"7"}\npython p.py --num-layers ${A:-1} --x ${B:-${A}}', {"num-layers": "7", "x": "7"}),
         ("A=4; B=$((A * (2 + 1) / 2))\npython p.py --num-layers $B --x=1", {"num-layers": "6", "x": "1"}),
+        ("A=0x10\npython p.py --num-layers $((0x800)) --x $((010 + 2#11 + A))", {"num-layers": "2048", "x": "27"}),
         ("R=(--num-layers 3\n # --y 1\n --x)\nR+=( --z 2 )\npython p.py ${R[@]}", {"num-layers": "3", "x": "true", "z": "2"}),
         ('R=" \\\n --num-layers 3 \\\n --x a b"\nR="$R --z 1"\npython p.py $R', {"num-layers": "3", "x": "a b", "z": "1"}),
         ("R=()\nR+=(--num-layers 3 --x 1)\npython p.py ${R[@]}", {"num-layers": "3", "x": "1"}),
@@ -40,6 +41,11 @@ def values(script: Script) -> dict[str, str]:
 )  # fmt: skip
 def test_forms(text: str, expected: dict[str, str]) -> None:
     assert values(read(text)) == expected
+
+
+def test_a_number_that_is_none_has_no_value() -> None:
+    script = read("python p.py --num-layers 2 --x $((08)) --y $((0xg)) --z $((1#1))")
+    assert all(script.settings[key].missing for key in "xyz")
 
 
 def test_the_caller_wins() -> None:

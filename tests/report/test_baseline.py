@@ -67,7 +67,8 @@ def test_between_two_rows_is_a_straight_line_and_what_is_not_known_is_left_out()
 
 def test_the_sentence_says_where_it_is_worth_it() -> None:
     assert verdict(with_baseline()) == (
-        "beside the dense model: worth it at equal steps, not at equal FLOPs and time. At equal FLOPs its training loss is "
+        "beside the dense model: no difference seen at equal FLOPs; worth it at equal steps; not worth it at equal time "
+        "(within 0.5%, as one seed differs from another). At equal FLOPs its training loss is "
         "0.0% higher; for the same loss the dense model needs 1.00 x the FLOPs; a token takes 4.00 x the time"
     )
     alike = {"flops_per_token": 2e6, "tokens_per_second": 100.0}
@@ -77,6 +78,18 @@ def test_the_sentence_says_where_it_is_worth_it() -> None:
     )
     assert verdict(with_baseline(flops_per_token=None, tokens_per_second=None)) == "beside the dense model: worth it."
     assert verdict(RESULT) is None
+
+
+def test_no_praise_within_noise_and_flops_come_first() -> None:
+    def of(**losses: tuple[float, float]) -> str:
+        compared = [{"at": at, "steps": [1, 1], "loss": list(pair)} for at, pair in losses.items()]
+        return str(verdict({"steps": 1, "baseline": {"steps": 1, "compared": compared}}))
+
+    near = (5.9633, 5.9665)
+    assert of(steps=near, FLOPs=near).startswith("beside the dense model: no difference seen (within 0.5%, ")
+    assert of(steps=near, FLOPs=(6.1, 5.9665), time=(6.2, 5.9)).startswith(
+        "beside the dense model: not worth it at equal FLOPs and time; no difference seen at equal steps (within 0.5%, "
+    )
 
 
 def test_the_loss_that_both_reach_is_that_of_the_worse_one() -> None:
@@ -102,7 +115,9 @@ def test_where_both_were_validated_the_validation_losses_count() -> None:
     assert rows["validation, nats per token, step 20 and 40"] == ["4.1000", "4.2000"]
     same = with_baseline(ours, Curves(DENSE.training, ((0, 6.0), (20, 4.0))), val_loss=4.0)
     text = str(verdict(same))
-    assert text.startswith("beside the dense model: not worth it. At equal FLOPs its training loss is 0.0% ")
+    assert text.startswith(
+        "beside the dense model: no difference seen at equal FLOPs; not worth it at equal steps and time "
+    )
     assert "; at equal steps its validation loss is 2.5% higher;" in text
 
 

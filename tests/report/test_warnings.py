@@ -54,6 +54,16 @@ def test_a_run_that_went_well_warns_of_nothing() -> None:
     assert warned("mixtral") == []
 
 
+def test_a_load_that_becomes_less_even_is_told() -> None:
+    assert warned("mixtral", max_violation_least=0.59, max_violation_last=2.01) == [
+        "MaxVio rose from 0.59 to 2.01 within the run (worst layer of a row): the load becomes less even. "
+        "Add balance=aux"
+    ]
+    assert warned("mixtral", max_violation_least=0.59, max_violation_last=1.39) == []
+    assert warned("mixtral", max_violation_least=2.0, max_violation_last=3.2) == []
+    assert len(warned("mixtral", max_violation_least=0.59, max_violation_last=2.9, **COLLAPSED)) == 1
+
+
 def test_losses_that_rose_and_a_rate_of_zero_are_told() -> None:
     assert warned("mixtral", "optimizer.lr=50", loss_last=815.0, **COLLAPSED) == [
         "the loss diverged: 6.200 -> 815.000. Try optimizer.lr=5 (now 50), or more optimizer.warmup_steps (now 20)"
