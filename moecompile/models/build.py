@@ -304,7 +304,8 @@ def _from_pretrained(folder: Path, model: ModelConfig) -> nn.Module:
             kind = class_of(config)
             loaded, info = kind.from_pretrained(
                 folder, **config_for(kind, config), trust_remote_code=False, use_safetensors=True, dtype="auto",
-                output_loading_info=True, ignore_mismatched_sizes=True, **dequantized(config, path, value), **_implementations(model),
+                output_loading_info=True, ignore_mismatched_sizes=True, **dequantized(config, path, value),
+                **_implementations(model),
             )  # fmt: skip
     except UNREADABLE as error:
         raise unreadable(error, path, value, unconverted) from error
