@@ -451,10 +451,10 @@ class _Reader:
             value = self.variables.get(text) or self._nothing(text, 0)
             text = "".join(piece.text for piece in value) or "0"
         missing = [name for piece in value for name in piece.missing if name != _OUTPUT]
-        number = _whole_number(text.strip())
-        if number is None:
+        found = _whole_number(text.strip())
+        if found is None:
             raise _NotKnown(missing)
-        return number
+        return found
 
     # -- what is found
 

@@ -120,7 +120,7 @@ def _new_tokenizer(config: Config) -> str:
     from moecompile.models.build import config_of
     from moecompile.runtime.objective import LEAST_VOCABULARY
 
-    made = config_of(config.model)
+    made: Any = config_of(config.model)
     text = made.get_text_config() if hasattr(made, "get_text_config") else made
     size, default = getattr(text, "vocab_size", None), DataConfig().vocab_size or 0
     if not isinstance(size, int) or size >= default:

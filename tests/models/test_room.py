@@ -10,6 +10,7 @@ from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.models import room
 from moecompile.tasks.inputs import check_inputs
+from tests.test_cli import MODULE, cli
 
 WIDTHS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
 LLAMA = ["model=llama_nano", *(f"model.config.{key}={value}" for key, value in WIDTHS.items())]
@@ -57,3 +58,11 @@ def test_each_rank_is_counted_and_what_needs_none_is_not_refused(monkeypatch: py
     room.check_room(compose_config(whole), 2)
     room.check_room(compose_config([*LLAMA, "mesh=cpu_1x4"]), 4)  # by shards
     room.check_room(compose_config([*whole, "model.device=meta"]), 4)
+
+
+def test_the_command_refuses_at_once_what_no_machine_holds(tmp_path: Path) -> None:
+    words = ["model=llama_nano", "model.config.hidden_size=65536", "model.config.num_hidden_layers=64", "mesh=cpu_1"]
+    done = cli(tmp_path, *words, "hydra.run.dir=out", program=MODULE)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.architecture=llama: needs ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -340,3 +340,25 @@ def test_a_missing_peft_is_refused_before_files_are_read(use: Any) -> None:
     assert str(raised.value) == says
     with mock.patch("importlib.util.find_spec", return_value=None):
         check_packages(replace(config, adapters=replace(config.adapters, dense=None)))  # of experts alone
+
+
+@pytest.mark.parametrize(
+    ("entries", "advice"),
+    [
+        (
+            256,
+            "Save the model's tokenizer there (a new one has at least 257 tokens, and the model has embeddings for 256).",
+        ),
+        (300, "Save the model's tokenizer there, or train a new one: data=moby_dick data.vocab_size=300."),
+        (2048, "Save the model's tokenizer there, or train a new one: data=moby_dick."),
+    ],
+)
+def test_advice_about_a_tokenizer_can_be_followed(entries: int, advice: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=entries, max_position_embeddings=128, **sizes)).save_pretrained(tmp_path)
+    words = [f"model.pretrained={tmp_path}", "mesh=cpu_1", "task=train"]
+    with pytest.raises(ConfigError) as error:
+        check_inputs(compose_config(words))
+    assert str(error.value).endswith(advice)
+    if ": data=" in advice:
+        check_inputs(compose_config([*words, *advice.rstrip(".").rpartition(": ")[2].split()]))
