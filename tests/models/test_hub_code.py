@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,12 @@ def test_widening_and_adapters_ask_for_none(calls: list[str], folder: Path) -> N
 
 
 @needs_default
+def test_a_broken_installation_of_kernels_stops_no_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels", None)  # its import raises
+    with torch.no_grad():
+        assert torch.isfinite(build_model(ModelConfig(pretrained=str(folder)), 0)(**EXAMPLE).logits).all()
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_attention_of_a_missing_package_is_not_fetched(version: int, folder: Path, calls: list[str]) -> None:
     asked = ModelAttention(f"flash_attention_{version}")
