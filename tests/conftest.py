@@ -15,6 +15,7 @@ import pytest
 
 from tests import guard
 
+os.environ.setdefault("USE_HUB_KERNELS", "NO")  # before transformers is imported, as in tasks and ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than cores make it crawl
 _MACHINE = tempfile.TemporaryDirectory(prefix="machine-")  # removed at the end; workers have that of the first process
 os.environ.setdefault("MOECOMPILE_MACHINE_DIR", _MACHINE.name)

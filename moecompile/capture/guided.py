@@ -166,6 +166,7 @@ class GuidedTracer(fx.Tracer):
         positional: list[Any] = [self.root]
         by_name: dict[str, Any] = {}
         optional = False
+        own = inspect.signature(inspect.unwrap(root_fn)).parameters
         for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
             optional |= parameter.default is not parameter.empty
             star = _STARS.get(parameter.kind, "")
@@ -179,6 +180,8 @@ class GuidedTracer(fx.Tracer):
                 by_name[_REST] = rest
             elif star == "*":
                 positional.extend(self._wrap(Value(node, self)))
+            elif name not in own and name not in self.arguments:  # an old name: a decorator passes it on as the new
+                self.sources[node.name] = value
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 by_name[name] = self._wrap(Value(node, self))
             else:

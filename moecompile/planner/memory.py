@@ -189,9 +189,9 @@ def _not_known(facts: ModelFacts) -> str:
     return f". What its layers keep is taken as Llama's{scores}{_NOT_RUN}{facts.kept.reason})"
 
 
-def reason_not_counted(largest: str) -> str | None:
-    """Why what layers keep is not counted by their code, of `largest_in_words`; None: it is."""
-    return largest.partition(_NOT_RUN)[2].removesuffix(")") or None
+def reason_not_counted(largest: str) -> str:
+    """Why what layers keep is not counted by their code, of `largest_in_words`; empty: it is."""
+    return largest.partition(_NOT_RUN)[2].removesuffix(")")
 
 
 def _dtype(bytes_: int) -> str:

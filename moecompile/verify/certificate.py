@@ -515,15 +515,14 @@ class _Job:
         Args:
             alone: one process.
         """
-        per_rank = torch.tensor(
+        num_targets = [
             [
-                [
-                    [self._num_targets(self.number(step, index, i)) for i in range(self.accumulation)]
-                    for index in range(self.num_batches)
-                ]
-                for step in range(self.steps)
+                [self._num_targets(self.number(step, index, i)) for i in range(self.accumulation)]
+                for index in range(self.num_batches)
             ]
-        ).sum(2)  # (step, rank)
+            for step in range(self.steps)
+        ]
+        per_rank = torch.tensor(num_targets).sum(2)  # (step, rank)
         all_conditions = {
             f"{self.steps} optimizer steps": True,
             f"{self.accumulation} micro-batches a step": self.accumulation > 1,

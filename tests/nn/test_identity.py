@@ -15,6 +15,7 @@ from moecompile.mesh import MeshSpec
 from moecompile.nn import update_balance
 from moecompile.plan import ExpertPlacement
 from moecompile.planner.traffic import copies_per_token
+from tests.families import needs_identity
 from tests.nn.test_moe_layers import compiled, gradients
 from tests.tiny import COPY4, Gated, a_router, max_diff, tiny_llama, tokens, trace
 
@@ -80,6 +81,7 @@ def test_the_bias_of_longcat_flash_follows_all_experts() -> None:
     if not hasattr(zoo, "language_model"):
         pytest.skip("a checkout without ../shared/zoo")
     model, inputs = zoo.language_model("longcat_flash", {"zero_expert_num": 3, "n_routed_experts": 4, "moe_topk": 3})
+    needs_identity(model, 4)
     overrides = ["balance.rule=bias", "balance.rate=0.1"]
     moecompile.compile_model(model, overrides, example=inputs)
     plan = moecompile.plan_of(model)

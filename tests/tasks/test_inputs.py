@@ -265,7 +265,7 @@ def test_model_and_text_must_fit(folder: Path) -> None:
     )
     assert refused(f"model.pretrained='{folder}'", "data.seq_len=16") == (
         f"model.pretrained={folder}: has no tokenizer.json, and data.tokenizer=model. Save the model's tokenizer there, or "
-        "train a new one: data=moby_dick."
+        "train a new one: data=moby_dick data.vocab_size=512."
     )
     (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0, "b": 70_071}, unk_token="a")).to_str())
     assert refused(f"model.pretrained='{folder}'", "data.seq_len=16") == (

@@ -181,7 +181,7 @@ def _fields(compiled: Compilation, outcome: Outcome, data: TextData) -> dict[str
         "num_rewritten": len(plan.layers),
         "params_total": plan.estimate.params_total if plan.estimate else None,
         "params_active": plan.estimate.params_active if plan.estimate else None,
-        "layers_not_counted": reason_not_counted(plan.estimate.largest) if plan.estimate else None,
+        "layers_not_counted": reason_not_counted(plan.estimate.largest) if plan.estimate else "",
         **measured,
         "bytes_per_token_per_layer": _plain(outcome.bytes_per_token_per_layer),
         "bytes_per_token_per_layer_predicted": _plain(predicted),
