@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -21,22 +20,6 @@ from moecompile.schema import Config, LoggerKind, TrainerConfig
 
 CALLBACKS = ("EarlyStopping", "Timer")
 """Lightning's callbacks that end a run. Others change weights, batches or checkpoints, or log what is there already."""
-_PACKAGES = {LoggerKind.wandb: "wandb", LoggerKind.mlflow: "mlflow"}
-
-
-def check_loggers(trainer: TrainerConfig) -> None:
-    """Checks that loggers are installed and callbacks can be made.
-
-    Raises:
-        ConfigError: one is not, or cannot.
-    """
-    for kind in trainer.loggers:
-        package = _PACKAGES.get(kind)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                "trainer.loggers", kind.value, f"needs the package {package}", f"pip install 'moecompile[{package}]'"
-            )
-    make_callbacks(trainer)
 
 
 def make_loggers(config: Config, run_dir: Path, start: Path | None = None, first_step: int = 0) -> list[Logger]:

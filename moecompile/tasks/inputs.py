@@ -28,6 +28,7 @@ from moecompile.schema import (
     DataConfig,
     DataKind,
     ExpertInit,
+    LoggerKind,
     TaskName,
     TokenizerSource,
     TrainerConfig,
@@ -37,6 +38,7 @@ from moecompile.schema import (
 
 _WHOLE, _INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 _SMALL = 2**18  # bytes of a text that is tokenized in no time
+LOGGER_PACKAGES = {LoggerKind.wandb: "wandb", LoggerKind.mlflow: "mlflow"}
 _BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
 
 
@@ -71,9 +73,9 @@ def check_inputs(config: Config) -> None:
         check_room(config, _processes(config))
     default = TrainerConfig()
     if task is TaskName.train and (config.trainer.loggers, config.trainer.callbacks) != (default.loggers, {}):
-        from moecompile.runtime.loggers import check_loggers  # imports Lightning
+        from moecompile.runtime.loggers import make_callbacks  # imports Lightning
 
-        check_loggers(config.trainer)  # Step 5
+        make_callbacks(config.trainer)  # Step 5: whether they can be made
 
 
 def check_packages(config: Config) -> None:
@@ -84,9 +86,15 @@ def check_packages(config: Config) -> None:
     """
     adapters, task = config.adapters, config.task.name
     is_made = task.is_launched or task in (TaskName.compile, TaskName.rehearse)
-    if is_made and adapters.kind is AdapterKind.lora and adapters.dense and importlib.util.find_spec("peft") is None:
-        rule = "adapters of linears need the package peft"
-        raise ConfigError("adapters.kind", "lora", rule, "pip install 'moecompile[lora]'")
+    needed = []
+    if is_made and adapters.kind is AdapterKind.lora and adapters.dense:
+        needed.append(("adapters.kind", "lora", "adapters of linears need", "peft", "lora"))
+    if task is TaskName.train:
+        loggers = [kind.value for kind in config.trainer.loggers if kind in LOGGER_PACKAGES]
+        needed += [("trainer.loggers", name, "needs", LOGGER_PACKAGES[LoggerKind(name)], name) for name in loggers]
+    for path, value, needs, package, extra in needed:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(path, value, f"{needs} the package {package}", f"pip install 'moecompile[{extra}]'")
 
 
 def _processes(config: Config) -> int:

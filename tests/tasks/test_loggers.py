@@ -11,7 +11,7 @@ import pytest
 from moecompile.compose import compose_config
 from moecompile.errors import ConfigError
 from moecompile.runtime import loggers
-from moecompile.schema import LoggerKind, TrainerConfig
+from moecompile.tasks.inputs import check_inputs
 from tests.tasks.test_train import TINY, moecompile
 
 STOP = "+trainer.callbacks.EarlyStopping={monitor: val_loss, patience: 1, min_delta: 5.0}"  # nothing improves by that
@@ -55,11 +55,17 @@ def test_every_logger_has_every_row_and_a_callback_ends_the_run(tmp_path: Path) 
 )  # fmt: skip
 def test_what_is_not_a_callback_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        loggers.check_loggers(compose_config([override]).trainer)
+        loggers.make_callbacks(compose_config([override]).trainer)
     assert str(caught.value) == message
 
 
-def test_a_logger_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"trainer.loggers=wandb: needs the package wandb. pip install 'moecompile"):
-        loggers.check_loggers(TrainerConfig(loggers=[LoggerKind.tensorboard, LoggerKind.wandb]))
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_refused_before_files_are_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = compose_config(["task=train", f"trainer.loggers=[tensorboard,{name}]", "data.path=/not/there.txt"])
+    with pytest.raises(
+        ConfigError, match=rf"trainer.loggers={name}: needs the package {name}. pip install 'moecompile"
+    ):
+        check_inputs(config)
