@@ -243,7 +243,7 @@ class Software:
 
     def repeats(self, *parts: str) -> bool:
         """Whether backward computes one of these parts again."""
-        return bool(self.recompute) and any(part in self.recompute for part in parts)
+        return not {*parts}.isdisjoint(self.recompute)
 
 
 @dataclass(frozen=True, kw_only=True)
