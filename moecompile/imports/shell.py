@@ -480,7 +480,7 @@ class _NotKnown(Exception):
 
 def _whole_number(text: str) -> int | None:
     """A constant of arithmetic: `0x` is hexadecimal, a 0 before digits octal, `2#101` of that base; None: none."""
-    match = re.fullmatch(r"(-?)(0[xX]|(\d+)#)?(\w+)", text)
+    match = re.fullmatch(r"(-?)(0[xX]|(\d+)#)?([0-9A-Za-z]+)", text)
     if match is None:
         return None
     sign, prefix, base, digits = match.groups()
