@@ -38,7 +38,7 @@ from moecompile.schema import (
 
 _WHOLE, _INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 _SMALL = 2**18  # bytes of a text that is tokenized in no time
-LOGGER_PACKAGES = {LoggerKind.wandb: "wandb", LoggerKind.mlflow: "mlflow"}
+_LOGGER_PACKAGES = {LoggerKind.wandb: "wandb", LoggerKind.mlflow: "mlflow"}
 _BYTES_PER_ENTRY, _BYTES_PER_TOKEN = 100, 8  # texts with fewer may be too short for the vocabulary, or for a sequence
 
 
@@ -67,7 +67,7 @@ def check_inputs(config: Config) -> None:
     if folder is not None:
         check_folder(folder)
     _check_model(config, _num_ids(folder, config) if folder is not None and task.is_launched else None)
-    if not is_elsewhere:
+    if not is_elsewhere and task is not TaskName.rehearse:  # which makes models without values
         from moecompile.models.room import check_room
 
         check_room(config, _processes(config))
@@ -86,15 +86,15 @@ def check_packages(config: Config) -> None:
     """
     adapters, task = config.adapters, config.task.name
     is_made = task.is_launched or task in (TaskName.compile, TaskName.rehearse)
-    needed = []
-    if is_made and adapters.kind is AdapterKind.lora and adapters.dense:
-        needed.append(("adapters.kind", "lora", "adapters of linears need", "peft", "lora"))
-    if task is TaskName.train:
-        loggers = [kind.value for kind in config.trainer.loggers if kind in LOGGER_PACKAGES]
-        needed += [("trainer.loggers", name, "needs", LOGGER_PACKAGES[LoggerKind(name)], name) for name in loggers]
-    for path, value, needs, package, extra in needed:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(path, value, f"{needs} the package {package}", f"pip install 'moecompile[{extra}]'")
+    if is_made and adapters.kind is AdapterKind.lora and adapters.dense and importlib.util.find_spec("peft") is None:
+        rule = "adapters of linears need the package peft"
+        raise ConfigError("adapters.kind", "lora", rule, "pip install 'moecompile[lora]'")
+    for kind in config.trainer.loggers if task is TaskName.train else ():
+        package = _LOGGER_PACKAGES.get(kind)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                "trainer.loggers", kind.value, f"needs the package {package}", f"pip install 'moecompile[{package}]'"
+            )
 
 
 def _processes(config: Config) -> int:
