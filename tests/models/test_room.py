@@ -58,6 +58,7 @@ def test_each_rank_is_counted_and_what_needs_none_is_not_refused(monkeypatch: py
     room.check_room(compose_config(whole), 2)
     room.check_room(compose_config([*LLAMA, "mesh=cpu_1x4"]), 4)  # by shards
     room.check_room(compose_config([*whole, "model.device=meta"]), 4)
+    monkeypatch.setattr(room, "free_memory", lambda: 2 * 2**30)
     check_inputs(compose_config([*whole, "task=rehearse"]))
 
 
