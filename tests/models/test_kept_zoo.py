@@ -52,6 +52,7 @@ def test_models_of_the_tests_are_counted(name: str) -> None:
 
 
 @pytest.mark.skipif(tiny_models is None, reason=f"there is no {ZOO}")
+@pytest.mark.slow
 def test_families_that_fall_back_are_listed() -> None:
     reasons = {name: reason_of(*tiny_models.build(name)) for name in sorted(tiny_models.architectures)}
     found = {name: reason for name, reason in reasons.items() if reason is not None}
