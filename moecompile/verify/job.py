@@ -2,7 +2,7 @@
 
     weights   experts, routers and adapters are independently random: with equal experts, a router's gradient is only
               rounding. No two entries are equal (entries.py)
-    batches   real text; numbers of targets differ between micro-batches, and in step 0 one rank has none at all
+    batches   real text; numbers of targets differ between micro-batches; of several steps, one rank has none in step 0
     noise     dropout and jitter are off
     replay    with `routing.replay`, both sides replay experts that are drawn at random in step 0: each in its own way
 
@@ -93,8 +93,9 @@ def build(config: Config, plan: Plan, dtype: torch.dtype) -> nn.Module:
 
 
 def uneven(batch: Batch, number: int, config: Config) -> Batch:
-    """Micro-batch `number` of the run with some targets masked: their counts differ, and in step 0 those of the second
-    place among ranks (or every fourth one, with one micro-batch at a time) have none.
+    """Micro-batch `number` of the run with some targets masked: their counts differ, and in the first of several steps
+    those of the second place among ranks (or every fourth one, with one micro-batch at a time) have none. Of a single
+    step each has some, since a rank without any is not tried.
     """
     world = mesh_spec(config.mesh).num_batches
     accumulate = accumulation_steps(config, mesh_spec(config.mesh))
@@ -102,7 +103,8 @@ def uneven(batch: Batch, number: int, config: Config) -> Batch:
     step, place = divmod(number, per_step)
     labels = batch["labels"].clone()
     masked = place // accumulate == 1 if world > 1 else place % 4 == 1
-    keep = 0 if masked and step == 0 and per_step > 1 else labels.shape[1] - number % (labels.shape[1] // 2)
+    is_first = step == 0 and config.trainer.max_steps > 1
+    keep = 0 if masked and is_first and per_step > 1 else labels.shape[1] - number % (labels.shape[1] // 2)
     labels[:, keep:] = IGNORED
     return {**batch, "labels": labels}
 

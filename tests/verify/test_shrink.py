@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moecompile.compose import compose_config
-from moecompile.schema import mesh_spec, validate
+from moecompile.runtime.data import IGNORED
+from moecompile.schema import accumulation_steps, mesh_spec, validate
 from moecompile.tasks.verify import shrink
+from moecompile.verify.job import uneven
 
 
 def test_a_nano_recipe_keeps_its_structure() -> None:
@@ -38,3 +41,13 @@ def test_a_cluster_becomes_a_few_processes(mesh: str, shape: tuple[int, int, int
     assert spec.device == "cpu"
     validate(after)
     assert [note for note in notes if note.startswith("mesh.device")]
+
+
+@pytest.mark.parametrize(("steps", "without"), [(1, 0), (2, 1)])
+def test_a_rank_without_targets_has_some_in_another_step(steps: int, without: int) -> None:
+    """Of a single step, a rank without any is not tried at all."""
+    config, _ = shrink(compose_config(["mesh=cpu_1x2"]), steps=steps)
+    accumulate = accumulation_steps(config, mesh_spec(config.mesh))
+    labels = [uneven({"labels": torch.zeros(1, 8)}, i, config)["labels"] for i in range(steps * 2 * accumulate)]
+    empty = [i for i, each in enumerate(labels) if bool((each == IGNORED).all())]
+    assert empty == list(range(accumulate, 2 * accumulate)) * without
