@@ -298,12 +298,11 @@ RUN_AND_IMPORT = {
     "verify/certificate.py": {"pickle.loads": 2},  # what its own ranks have written
     "runtime/launch.py": {"importlib.import_module": 1},  # the module that `launch` is called with
     "runtime/external_launch.py": {"importlib.import_module": 1},  # the module of a command, which rank 0 sends
-    "runtime/loggers.py": {"importlib.util.find_spec": 1},  # of _PACKAGES
     "runtime/records.py": {"importlib.util.find_spec": 1},
     "runtime/slurm.py": {"subprocess.run": 1},  # commands of SLURM
     "runtime/trainer_checkpoint.py": {"torch.load": 1},  # weights_only
     "tasks/__init__.py": {"importlib.import_module": 1},  # by the name of a task, an enum
-    "tasks/inputs.py": {"importlib.util.find_spec": 1},  # of peft
+    "tasks/inputs.py": {"importlib.util.find_spec": 2},  # of peft, and of _LOGGER_PACKAGES
     "tasks/launched.py": {"importlib.import_module": 1},  # so, too
     "tasks/rehearse.py": {"subprocess.Popen": 1},  # this Python, a module of the package
 }
