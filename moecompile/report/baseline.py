@@ -24,8 +24,9 @@ from moecompile.report.text import count_text
 Curve = Sequence[tuple[float, float]]
 """(step, loss) of each row of metrics, in order."""
 _WINDOW = 0.1
-NOISE = 0.5
-"""Percent of a loss within which no difference is seen: one run has one seed, and another seed changes as much."""
+NOISE = 1.0
+"""Percent of a loss within which no difference is seen: one run has one seed, and three seeds of one config are up to 0.9%
+apart (docs/understand/balance.md)."""
 _CALLED = {-1: "worth it", 0: "no difference seen", 1: "not worth it"}
 
 

@@ -68,7 +68,7 @@ def test_between_two_rows_is_a_straight_line_and_what_is_not_known_is_left_out()
 def test_the_sentence_says_where_it_is_worth_it() -> None:
     assert verdict(with_baseline()) == (
         "beside the dense model: no difference seen at equal FLOPs; worth it at equal steps; not worth it at equal time "
-        "(within 0.5%, as one seed differs from another). At equal FLOPs its training loss is "
+        "(within 1%, as one seed differs from another). At equal FLOPs its training loss is "
         "0.0% higher; for the same loss the dense model needs 1.00 x the FLOPs; a token takes 4.00 x the time"
     )
     alike = {"flops_per_token": 2e6, "tokens_per_second": 100.0}
@@ -86,9 +86,9 @@ def test_no_praise_within_noise_and_flops_come_first() -> None:
         return str(verdict({"steps": 1, "baseline": {"steps": 1, "compared": compared}}))
 
     near = (5.9633, 5.9665)
-    assert of(steps=near, FLOPs=near).startswith("beside the dense model: no difference seen (within 0.5%, ")
+    assert of(steps=near, FLOPs=near).startswith("beside the dense model: no difference seen (within 1%, ")
     assert of(steps=near, FLOPs=(6.1, 5.9665), time=(6.2, 5.9)).startswith(
-        "beside the dense model: not worth it at equal FLOPs and time; no difference seen at equal steps (within 0.5%, "
+        "beside the dense model: not worth it at equal FLOPs and time; no difference seen at equal steps (within 1%, "
     )
 
 
