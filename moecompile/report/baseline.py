@@ -25,8 +25,8 @@ Curve = Sequence[tuple[float, float]]
 """(step, loss) of each row of metrics, in order."""
 _WINDOW = 0.1
 NOISE = 1.0
-"""Percent of a loss within which no difference is seen: one run has one seed, and three seeds of one config are up to 0.9%
-apart (docs/understand/balance.md)."""
+"""Percent of a loss within which no difference is seen: one run has one seed, and three seeds of one config are up to
+0.9% apart (docs/understand/balance.md)."""
 _CALLED = {-1: "worth it", 0: "no difference seen", 1: "not worth it"}
 
 
