@@ -7,6 +7,8 @@ micro-batches in order with plain autograd.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +96,21 @@ class _Wide:
         return torch.float64 if name == "float32" else getattr(torch, name)
 
 
+@contextmanager
+def wide(case: Case) -> Iterator[None]:
+    """DeepSeek-V3's norms and its router would round what differs by 1e-16 to fp32: here they compute in float64."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    with pytest.MonkeyPatch.context() as patch:
+        if case.architecture == "deepseek_v3":
+            patch.setattr(modeling_deepseek_v3, "torch", _Wide())
+        yield
+
+
 def built(case: Case) -> nn.Module:
     """The model before compilation, float64, independently random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if case.architecture == "deepseek_v3":  # its norms and its router would round what differs by 1e-16 to fp32
-        from transformers.models.deepseek_v3 import modeling_deepseek_v3
-
-        modeling_deepseek_v3.torch = _Wide()  # type: ignore[assignment]
     if case.architecture in CONFIGS:
         return moe_model(case.architecture, dtype=torch.float64, **case.changes).train()
     settings = {**_DENSE, "vocab_size": VOCAB, "tie_word_embeddings": case.tied, **case.changes}
@@ -215,6 +224,11 @@ class PlainMoE(nn.Module):
 
 def reference(case: Case) -> tuple[float, dict[str, Tensor], Tensor]:
     """Loss, every gradient by its name in the compiled model, and the norm of all, from one process."""
+    with wide(case):
+        return _reference(case)
+
+
+def _reference(case: Case) -> tuple[float, dict[str, Tensor], Tensor]:
     model = built(case)
     layers: list[PlainMoE] = []
     if case.architecture not in CONFIGS:
@@ -242,11 +256,10 @@ def reference(case: Case) -> tuple[float, dict[str, Tensor], Tensor]:
 
 def step(case: Case) -> dict[str, Any]:
     """The same step on this launch's ranks: loss, gradients, norm, and what experts and meters saw."""
-    model = compiled(case)
-    plan = plan_of(model)
-    with pytest.MonkeyPatch.context() as patch:
+    with wide(case), pytest.MonkeyPatch.context() as patch:
+        model = compiled(case)
         _break(patch, case.fault)
-        return _step(case, model, plan)
+        return _step(case, model, plan_of(model))
 
 
 def _step(case: Case, model: nn.Module, plan: Plan) -> dict[str, Any]:
