@@ -211,9 +211,12 @@ def builder(tiny_models: Any, families: Any, name: str) -> Callable[[], nn.Modul
     """What makes a tiny model of a family, by the zoo's rules."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     listed, base = tiny_models.architectures.get(name), name.removesuffix("_normalized")
-    kind: Any = getattr(transformers, listed.cls) if listed else transformers.AutoModelForCausalLM
+    causal = base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+    kind: Any = getattr(transformers, listed.cls) if listed else auto
     config_kind = getattr(kind, "config_class", None)
     if not isinstance(config_kind, type):
         config_kind = CONFIG_MAPPING[listed.model_type if listed else base]
